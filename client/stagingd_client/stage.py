@@ -1,0 +1,431 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer's side of a stage: declare once, then begin, put, commit per version.
+
+    with Stage.open("policy") as stage:                # rank and world size from torch.distributed
+        for step in range(1, steps + 1):
+            train(model)
+            stage.fence()                              # the step before has left the parameters
+            optimizer.step()
+            stage.publish(step, model)                 # returns at once
+
+``begin``, ``put`` and ``commit`` only queue work for one background thread: it asks the daemon for a
+slot, copies, and commits. So the trainer goes on at once, and the only thing it ever waits for is
+``fence``: the copies must have read the parameters before the optimizer changes them.
+
+What fails in the background is raised by the first of ``fence``, the publication's ``wait``, and the
+next ``begin``. The version is lost then, and nothing else: go on with the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stagingd import segment, wire
+from stagingd.boxes import Box, intersect, relative
+from stagingd.buffer import Policy
+from stagingd.catalog import Catalog, OwnedBox, TensorDeclaration
+from stagingd.connection import Connection
+from stagingd.errors import (
+    CatalogMismatch,
+    CommitIncomplete,
+    OutOfOrder,
+    StagingError,
+    UnknownTensor,
+    VersionNotRising,
+    WrongDtype,
+    WrongShape,
+)
+from stagingd.moments import ALL_GRIDS, Grid
+from stagingd_client.flush import Flusher
+from stagingd_client.placement import Held, LocalShard, held, named_tensors
+from stagingd_client.publication import Publication
+
+Shards = torch.Tensor | LocalShard | Sequence[LocalShard]
+
+
+@dataclass(frozen=True)
+class _Declared:
+    """What this rank said of a tensor: the trainer's dtype, the global shape, and the boxes it holds."""
+
+    source_dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: frozenset[Box]
+
+
+class Stage:
+    """One trainer rank's connection to a stage. Use ``Stage.open``; not for several threads at once."""
+
+    def __init__(
+        self, name: str, connection: Connection, rank: int, ranks: int, options: wire.StageOptions, timeout_s: float
+    ) -> None:
+        self.name = name
+        self.rank = rank
+        self.ranks = ranks
+        self.timeout_s = timeout_s
+        self._options = options
+        self._connection = connection
+        self._dtype: torch.dtype | None = None
+        self._declared: dict[str, _Declared] = {}
+        self._owned: dict[str, list[OwnedBox]] = {}
+        self._boxes_owned = 0
+        self._segment: segment.Segment | None = None
+        self._flusher: Flusher | None = None
+        self._newest: int | None = None
+        self._current: Publication | None = None
+        self._last: Publication | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix=f"stagingd-{name}")
+
+    @classmethod
+    def open(
+        cls,
+        name: str,
+        *,
+        rank: int | None = None,
+        ranks: int | None = None,
+        socket: str | os.PathLike[str] | None = None,
+        dtype: torch.dtype | None = torch.bfloat16,
+        policy: Policy | str = Policy.LATEST,
+        grids: Iterable[Grid | str] = ALL_GRIDS,
+        on_non_finite: wire.OnNonFinite | str = wire.OnNonFinite.REJECT,
+        timeout_s: float = 60.0,
+    ) -> Stage:
+        """Connect to the daemon of this node.
+
+        Args:
+            name: the stage's name, such as "policy".
+            rank, ranks: this trainer rank and their number; those of torch.distributed by default, else 0 of 1.
+            socket: the daemon's control socket; that of the settings by default.
+            dtype: floating-point parameters are staged in it; None keeps their own.
+            policy: what beginning a version does while a sealed one has not been read: ``latest`` or ``block``.
+            grids: what moments are kept for.
+            on_non_finite: ``reject`` a version with NaN or infinite values, or ``warn``.
+            timeout_s: the longest that anything waits, in seconds.
+
+        Raises:
+            DaemonUnreachable, SocketNotTrusted: there is no daemon to talk to.
+        """
+        distributed = dist.is_available() and dist.is_initialized()
+        rank = rank if rank is not None else dist.get_rank() if distributed else 0
+        ranks = ranks if ranks is not None else dist.get_world_size() if distributed else 1
+        options = wire.StageOptions(
+            policy=Policy(policy),
+            grids=tuple(Grid(grid) for grid in grids),
+            on_non_finite=wire.OnNonFinite(on_non_finite),
+        )
+        stage = cls(name, Connection(socket, name=f"trainer rank {rank}"), rank, ranks, options, timeout_s)
+        stage._dtype = dtype
+        return stage
+
+    # Declaring
+
+    @property
+    def catalog(self) -> Catalog:
+        """The stage's catalog. Raises OutOfOrder before ``declare``."""
+        return self._ready().segment.catalog
+
+    @property
+    def newest_sealed(self) -> int | None:
+        """The newest version that this rank knows to be sealed: versions go on from there."""
+        return self._newest
+
+    def declare(self, tensors: nn.Module | Mapping[str, Shards], *, keep_dtype: Iterable[str] = ()) -> Catalog:
+        """Say what this rank holds; returns once all ranks have.
+
+        Args:
+            tensors: a module, or tensors by name: DTensors, plain tensors that are whole, or LocalShards,
+                several where a rank holds several boxes of one tensor.
+            keep_dtype: names of tensors that are staged in their own dtype whatever the stage's is.
+
+        Raises:
+            WrongDtype, WrongShape, BoxOutside, BoxDoubled, BoxMissing, CatalogMismatch: what does not fit.
+            NotEnoughMemory: there is no room for two versions.
+            DeadlineExceeded: some ranks have not declared in time; the message names them.
+        """
+        if self._segment is not None:
+            raise OutOfOrder(f"stage {self.name!r} is declared already", remedy="declare once, then begin versions")
+        if isinstance(tensors, nn.Module):
+            named = list(named_tensors(tensors))
+            keep_dtype = {entry.name for entry in named if not entry.cast}
+            tensors = {entry.name: entry.tensor for entry in named}
+        keep = frozenset(keep_dtype)
+        declarations = [self._declare_one(name, shards, name in keep) for name, shards in tensors.items()]
+        request = wire.Declare(
+            stage=self.name,
+            rank=self.rank,
+            ranks=self.ranks,
+            options=self._options,
+            tensors=tuple(declarations),
+            timeout_s=self.timeout_s,
+        )
+        answer = self._connection.request(request, wire.Declared, timeout_s=self.timeout_s)
+        self._adopt(answer)
+        return self.catalog
+
+    def _declare_one(self, name: str, shards: Shards, keep_dtype: bool) -> TensorDeclaration:
+        several = list(shards) if isinstance(shards, Sequence) else [shards]
+        parts = [held(name, shard) for shard in several]
+        source = _plain(several[0])
+        shape = next((part.global_shape for part in parts if part is not None), None) or _global_shape(several[0])
+        dtype = source.dtype
+        if self._dtype is not None and dtype.is_floating_point and not keep_dtype:
+            dtype = self._dtype
+        boxes = tuple(part.box for part in parts if part is not None)
+        self._declared[name] = _Declared(source.dtype, shape, frozenset(boxes))
+        return TensorDeclaration(name=name, dtype=str(dtype).removeprefix("torch."), shape=shape, boxes=boxes)
+
+    def _adopt(self, answer: wire.Declared) -> None:
+        self._segment = segment.open_existing(answer.segment, writable=True)
+        if self._segment.catalog != answer.catalog:
+            raise CatalogMismatch(
+                f"segment {answer.segment} does not hold the catalog that the daemon announces",
+                remedy="restart the daemon",
+                stage=self.name,
+            )
+        self._flusher = Flusher(self._segment)
+        self._newest = answer.newest
+        for owned in answer.catalog.owned_by(self.rank):
+            self._owned.setdefault(answer.catalog.tensors[owned.tensor].name, []).append(owned)
+            self._boxes_owned += 1
+
+    # One version
+
+    def begin(self, version: int) -> None:
+        """Start a version. Returns at once: the slot is waited for in the background.
+
+        Raises:
+            VersionNotRising: this rank knows of a sealed version that is not older.
+            OutOfOrder: the stage is not declared, or the version before is not committed.
+            StagingError: what went wrong with the version before, if nobody has seen it yet.
+        """
+        self._ready()
+        if self._current is not None:
+            raise OutOfOrder(
+                f"version {version} begins while version {self._current.version} is not committed",
+                remedy="commit or abort it first",
+                version=version,
+            )
+        if self._last is not None:
+            self._last.raise_if_failed()
+        if self._newest is not None and version <= self._newest:
+            raise VersionNotRising(
+                f"rank {self.rank} begins version {version}, but version {self._newest} is sealed",
+                remedy=f"use a version greater than {self._newest}",
+                version=version,
+                rank=self.rank,
+            )
+        self._current = Publication(version, self.timeout_s, self._background.submit(self._request_slot, version))
+
+    def _request_slot(self, version: int) -> int:
+        request = wire.Begin(stage=self.name, rank=self.rank, version=version, timeout_s=self.timeout_s)
+        return self._connection.request(request, wire.Begun, timeout_s=self.timeout_s).slot
+
+    def put(
+        self,
+        name: str,
+        shard: torch.Tensor | LocalShard,
+        *,
+        global_shape: tuple[int, ...] | None = None,
+        offset: tuple[int, ...] | None = None,
+    ) -> None:
+        """Stage a shard. Returns at once: do not change the tensor before ``fence``.
+
+        Args:
+            name: the tensor's name.
+            shard: a DTensor; a plain tensor that is whole; or a part, with ``global_shape`` and ``offset``.
+            global_shape, offset: of a plain tensor that is a part.
+
+        Raises:
+            OutOfOrder: no version is begun, or this shard has been put already.
+            UnknownTensor, WrongDtype, WrongShape, BoxOutside: it is not what was declared.
+        """
+        publication = self._begun(f"put of tensor {name!r}")
+        if isinstance(shard, torch.Tensor) and (global_shape is not None or offset is not None):
+            shard = LocalShard(shard, global_shape, offset)
+        declared = self._check_declared(name, _plain(shard).dtype)
+        part = held(name, shard)
+        if part is None:
+            return
+        self._check_box(name, declared, part)
+        if (name, part.box) in publication._put:
+            raise OutOfOrder(
+                f"box {part.box} of tensor {name!r} is put twice for version {publication.version}",
+                remedy="put every shard once per version",
+                tensor=name,
+                box=part.box,
+                version=publication.version,
+            )
+        publication._put.add((name, part.box))
+        publication._copies.append(self._background.submit(self._copy, publication, name, part))
+
+    def _check_declared(self, name: str, dtype: torch.dtype) -> _Declared:
+        self.catalog.tensor(name)  # raises UnknownTensor with the nearest names
+        declared = self._declared.get(name)
+        if declared is None:
+            raise UnknownTensor(
+                f"rank {self.rank} puts tensor {name!r}, which only other ranks declared",
+                remedy="declare it on this rank too",
+                tensor=name,
+                rank=self.rank,
+            )
+        if dtype != declared.source_dtype:
+            raise WrongDtype(
+                f"tensor {name!r} is put as {dtype}, but was declared as {declared.source_dtype}",
+                remedy="put the tensor that was declared",
+                tensor=name,
+                rank=self.rank,
+            )
+        return declared
+
+    def _check_box(self, name: str, declared: _Declared, part: Held) -> None:
+        if part.global_shape != declared.shape or part.box not in declared.boxes:
+            boxes = ", ".join(map(str, sorted(declared.boxes))) or "none"
+            raise WrongShape(
+                f"tensor {name!r} is put as box {part.box} of {part.global_shape}, "
+                f"but rank {self.rank} declared {boxes} of {declared.shape}",
+                remedy="put the shards that were declared; check global_shape and offset",
+                tensor=name,
+                box=part.box,
+                rank=self.rank,
+            )
+
+    def _copy(self, publication: Publication, name: str, part: Held) -> None:
+        slot = publication._slot.result(0)  # queued before: done; raises what the begin raised
+        flusher = self._ready().flusher
+        for owned in self._owned.get(name, ()):
+            if intersect(owned.box, part.box) == owned.box:
+                flusher.write(slot, owned, part.values[relative(owned.box, part.box).slices])
+
+    def commit(self) -> Publication:
+        """This rank has put everything. Returns at once; the version is sealed when all ranks have committed.
+
+        Raises:
+            OutOfOrder: no version is begun.
+            CommitIncomplete: a shard that this rank declared has not been put; the message names it.
+        """
+        publication = self._begun("commit")
+        for name, declared in self._declared.items():
+            for box in declared.boxes:
+                if (name, box) not in publication._put:
+                    raise CommitIncomplete(
+                        f"rank {self.rank} commits version {publication.version} without box {box} of tensor {name!r}",
+                        remedy="put every tensor that the rank declared, or abort",
+                        tensor=name,
+                        box=box,
+                        version=publication.version,
+                        rank=self.rank,
+                    )
+        publication._sealed = self._background.submit(self._commit, publication)
+        self._current, self._last = None, publication
+        return publication
+
+    def _commit(self, publication: Publication) -> None:
+        publication._slot.result(0)
+        failed = next((copy.exception(0) for copy in publication._copies if copy.exception(0)), None)
+        if failed is not None:
+            self._send_abort(publication.version, f"rank {self.rank} could not copy: {failed}")
+            raise failed
+        request = wire.Commit(
+            stage=self.name,
+            rank=self.rank,
+            version=publication.version,
+            boxes=self._boxes_owned,
+            timeout_s=self.timeout_s,
+        )
+        self._connection.request(request, wire.Sealed, timeout_s=self.timeout_s)
+        self._newest = publication.version
+
+    def abort(self, reason: str = "the trainer gave it up") -> None:
+        """Give up the version that is being filled, on all ranks. Does nothing when there is none."""
+        if self._current is None:
+            return
+        version, self._current = self._current.version, None
+        self._background.submit(self._send_abort, version, reason).result(self.timeout_s)
+
+    def _send_abort(self, version: int, reason: str) -> None:
+        request = wire.Abort(stage=self.name, rank=self.rank, version=version, reason=reason[:2000])
+        self._connection.request(request, wire.Done)
+
+    def fence(self) -> None:
+        """Wait until the shards put so far have been read: afterwards they may be changed.
+
+        Raises:
+            StagingError: why the version that they belong to has failed.
+        """
+        for publication in (self._last, self._current):
+            if publication is not None:
+                publication.raise_if_failed()
+                if not publication.done:
+                    publication.wait_copied()
+
+    def fence_before(self, optimizer: torch.optim.Optimizer) -> None:
+        """Call ``fence`` before every step of an optimizer, by its step pre-hook."""
+        optimizer.register_step_pre_hook(lambda *_: self.fence())
+
+    def publish(self, version: int, module: nn.Module) -> Publication:
+        """Declare (the first time), begin, put every tensor of the module, commit: in one line."""
+        if self._segment is None:
+            self.declare(module)
+        self.begin(version)
+        try:
+            for entry in named_tensors(module):
+                self.put(entry.name, entry.tensor)
+            return self.commit()
+        except StagingError:
+            self.abort("a shard was refused")
+            raise
+
+    # The end
+
+    def close(self) -> None:
+        """Finish what is committed, give up what is not, and let the daemon go. May be called twice."""
+        self._background.shutdown(wait=True)
+        self._connection.close()
+        self._flusher = None
+        if self._segment is not None:
+            self._segment.close()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _begun(self, what: str) -> Publication:
+        self._ready()
+        if self._current is None:
+            raise OutOfOrder(f"{what} before begin", remedy="begin a version first", stage=self.name)
+        return self._current
+
+    def _ready(self) -> _Ready:
+        if self._segment is None or self._flusher is None:
+            raise OutOfOrder(
+                f"stage {self.name!r} is not declared, or closed", remedy="call declare first", stage=self.name
+            )
+        return _Ready(self._segment, self._flusher)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What exists once the stage is declared."""
+
+    segment: segment.Segment
+    flusher: Flusher
+
+
+def _plain(shard: torch.Tensor | LocalShard) -> torch.Tensor:
+    return shard.tensor if isinstance(shard, LocalShard) else shard
+
+
+def _global_shape(shard: torch.Tensor | LocalShard) -> tuple[int, ...]:
+    if isinstance(shard, LocalShard) and shard.global_shape is not None:
+        return tuple(shard.global_shape)
+    return tuple(_plain(shard).shape)

@@ -1,0 +1,416 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The double buffer: two slots, the versions in them, and who may touch which.
+
+    back:   FREE --begin--> FILLING --last commit, checks pass--> SEALED --leased--> FRONT
+                               | abort, a rank dies, a check fails        the old front: DRAINING while
+                               +--> FREE (the front is untouched)         leased, then FREE
+
+A pure state machine: it knows no clock, socket or memory. What cannot be done yet is answered with
+``Waiting``, which says what is awaited and from whom, and changes nothing; the caller asks again
+after the next change.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from stagingd.errors import (
+    LeaseLost,
+    OutOfOrder,
+    VersionAborted,
+    VersionMismatch,
+    VersionNotAvailable,
+    VersionNotRising,
+)
+
+
+class Policy(StrEnum):
+    """What beginning a version does when a sealed one has not been read yet."""
+
+    BLOCK = "block"
+    """Wait until an engine has leased it: every version is read by somebody."""
+
+    LATEST = "latest"
+    """Go on: the sealed version becomes the front unread, and the old front is filled."""
+
+
+class SlotState(StrEnum):
+    """See the module's picture."""
+
+    FREE = "free"
+    FILLING = "filling"
+    SEALED = "sealed"
+    FRONT = "front"
+    DRAINING = "draining"
+
+
+@dataclass
+class Slot:
+    """One of the two copies. ``version`` is None exactly when the slot is free."""
+
+    index: int
+    state: SlotState = SlotState.FREE
+    version: int | None = None
+    begun: set[int] = field(default_factory=set)
+    committed: set[int] = field(default_factory=set)
+
+    def clear(self) -> None:
+        """Give the slot back: nothing in it is worth anything any more."""
+        self.state, self.version = SlotState.FREE, None
+        self.begun, self.committed = set(), set()
+
+
+@dataclass
+class Lease:
+    """A reader group's claim on a slot: every rank of the engine joins it and releases it once.
+
+    ``holding`` are the ranks that may be reading now, ``done`` those that have released or are gone.
+    """
+
+    id: int
+    engine: str
+    ranks: int
+    slot: Slot
+    version: int
+    holding: set[int] = field(default_factory=set)
+    done: set[int] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has come and gone."""
+        return len(self.done) == self.ranks
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks that have not released it."""
+        return [rank for rank in range(self.ranks) if rank not in self.done]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Not yet: what is awaited, and from whom."""
+
+    what: str
+    peers: tuple[str, ...] = ()
+
+
+class DoubleBuffer:
+    """The life of one stage's two slots.
+
+    Args:
+        ranks: how many trainer ranks fill a version together.
+        policy: what to do with a sealed version that nobody has read.
+    """
+
+    def __init__(self, ranks: int, policy: Policy) -> None:
+        self.ranks = ranks
+        self.policy = policy
+        self.slots = (Slot(0), Slot(1))
+        self.leases: dict[int, Lease] = {}
+        self.newest_sealed: int | None = None
+        self.last_abort: tuple[int, str] | None = None
+        self._lease_ids = itertools.count(1)
+        self._lost_leases: dict[int, str] = {}
+
+    # What the slots hold
+
+    def slot_in(self, *states: SlotState) -> Slot | None:
+        """The slot in one of these states, if any."""
+        return next((slot for slot in self.slots if slot.state in states), None)
+
+    @property
+    def filling(self) -> Slot | None:
+        """The slot being filled."""
+        return self.slot_in(SlotState.FILLING)
+
+    @property
+    def newest(self) -> Slot | None:
+        """The slot with the newest complete version: the sealed one, else the front."""
+        return self.slot_in(SlotState.SEALED) or self.slot_in(SlotState.FRONT)
+
+    def leases_on(self, slot: Slot) -> list[Lease]:
+        """The leases that keep a slot from being written."""
+        return [lease for lease in self.leases.values() if lease.slot is slot]
+
+    # Trainers
+
+    def begin(self, rank: int, version: int) -> Slot | Waiting:
+        """A rank starts to fill a version; all ranks begin the same one.
+
+        Raises:
+            VersionNotRising: the stage has sealed this version or a later one.
+            VersionMismatch: other ranks are filling another version.
+            OutOfOrder: this rank has begun already, or has not finished the version before.
+        """
+        if self.newest_sealed is not None and version <= self.newest_sealed:
+            raise VersionNotRising(
+                f"rank {rank} begins version {version}, but version {self.newest_sealed} is sealed",
+                remedy=f"use a version greater than {self.newest_sealed}",
+                version=version,
+                rank=rank,
+            )
+        filling = self.filling
+        if filling is not None:
+            return self._join(filling, rank, version)
+        back = self._claim_back(version)
+        if isinstance(back, Slot):
+            back.state, back.version = SlotState.FILLING, version
+            back.begun.add(rank)
+        return back
+
+    def _join(self, filling: Slot, rank: int, version: int) -> Slot | Waiting:
+        if filling.version == version and rank not in filling.begun:
+            filling.begun.add(rank)
+            return filling
+        if rank in filling.committed and filling.version != version:
+            return Waiting(f"version {filling.version} to be committed", self._uncommitted(filling))
+        if rank in filling.begun:
+            raise OutOfOrder(
+                f"rank {rank} begins version {version} while it is filling version {filling.version}",
+                remedy="commit or abort a version before the next begins",
+                version=version,
+                rank=rank,
+            )
+        raise VersionMismatch(
+            f"rank {rank} begins version {version}, but {_ranks(filling.begun)} filling version {filling.version}",
+            remedy="begin the same version on every rank",
+            version=version,
+            rank=rank,
+        )
+
+    def _claim_back(self, version: int) -> Slot | Waiting:
+        sealed, front = self.slot_in(SlotState.SEALED), self.slot_in(SlotState.FRONT)
+        if sealed is not None and self.policy is Policy.BLOCK:
+            return Waiting(f"version {sealed.version} to be read before version {version} is begun")
+        occupied = front if sealed is not None else self.slot_in(SlotState.DRAINING)
+        holders = self.leases_on(occupied) if occupied is not None else []
+        if occupied is not None and holders:
+            return Waiting(
+                f"version {occupied.version} to be released before version {version} is begun",
+                tuple(f"engine {lease.engine!r} ranks {lease.missing}" for lease in holders),
+            )
+        if sealed is not None:
+            # Overwriting it instead would lose a committed version if the one now begun is aborted.
+            self._make_front(sealed)
+        free = self.slot_in(SlotState.FREE)
+        assert free is not None  # of two slots one is the front, and nobody leases the other
+        return free
+
+    def _uncommitted(self, slot: Slot) -> tuple[str, ...]:
+        return tuple(f"trainer rank {rank}" for rank in range(self.ranks) if rank not in slot.committed)
+
+    def commit(self, rank: int, version: int) -> bool:
+        """A rank has put all its boxes. Returns whether it was the last.
+
+        Raises:
+            VersionAborted: the version was given up meanwhile.
+            OutOfOrder: the rank has not begun it, or has committed it already.
+        """
+        filling = self.filling
+        if filling is None or filling.version != version or rank not in filling.begun:
+            if self.last_abort is not None and self.last_abort[0] == version:
+                raise VersionAborted(
+                    f"version {version} was aborted: {self.last_abort[1]}",
+                    remedy="begin it again, or a later one, on every rank",
+                    version=version,
+                    rank=rank,
+                )
+            raise OutOfOrder(
+                f"rank {rank} commits version {version} without having begun it",
+                remedy="begin, put every box, then commit",
+                version=version,
+                rank=rank,
+            )
+        if rank in filling.committed:
+            raise OutOfOrder(
+                f"rank {rank} commits version {version} twice",
+                remedy="commit a version once per rank",
+                version=version,
+                rank=rank,
+            )
+        filling.committed.add(rank)
+        return len(filling.committed) == self.ranks
+
+    def awaited_commits(self, version: int) -> Waiting:
+        """What keeps a version from being sealed: the ranks that have not committed it."""
+        filling = self.filling
+        peers = self._uncommitted(filling) if filling is not None and filling.version == version else ()
+        return Waiting(f"version {version} to be committed", peers)
+
+    def seal(self) -> int:
+        """All ranks have committed and the checks have passed: the version is complete. Returns it."""
+        filling = self.filling
+        if filling is None or filling.version is None or len(filling.committed) != self.ranks:
+            raise OutOfOrder("no version is ready to be sealed", remedy="seal after the last commit")
+        filling.state = SlotState.SEALED
+        self.newest_sealed = filling.version
+        return filling.version
+
+    def abort(self, reason: str) -> int | None:
+        """Give up the version being filled, if any. Returns it."""
+        filling = self.filling
+        if filling is None or filling.version is None:
+            return None
+        version = filling.version
+        self.last_abort = (version, reason)
+        filling.clear()
+        return version
+
+    def trainer_gone(self, rank: int, reason: str) -> int | None:
+        """A trainer rank is gone: what it had not finished is aborted. Returns the version, if any."""
+        filling = self.filling
+        if filling is None or rank in filling.committed:
+            return None
+        return self.abort(reason)
+
+    # Readers
+
+    def lease(
+        self, engine: str, ranks: int, rank: int, *, version: int | None, newer_than: int | None
+    ) -> Lease | Waiting:
+        """An engine's rank asks to read: the first rank decides which version all of them get.
+
+        Args:
+            engine: the reader group's name.
+            ranks: how many ranks it has.
+            rank: which of them asks.
+            version: exactly this one; the newest complete one by default.
+            newer_than: only a version greater than this.
+
+        Raises:
+            VersionNotAvailable: the version has been replaced.
+            VersionMismatch: another rank of this engine has leased another version.
+            OutOfOrder: this rank holds a lease already.
+        """
+        current = next((lease for lease in self.leases.values() if lease.engine == engine), None)
+        if current is not None:
+            return self._join_lease(current, rank, version)
+        slot = self._readable(version, newer_than)
+        if isinstance(slot, Waiting):
+            return slot
+        assert slot.version is not None  # a sealed or front slot has one
+        if slot.state is SlotState.SEALED:
+            self._make_front(slot)
+        lease = Lease(next(self._lease_ids), engine, ranks, slot, slot.version, holding={rank})
+        self.leases[lease.id] = lease
+        return lease
+
+    def _join_lease(self, lease: Lease, rank: int, version: int | None) -> Lease | Waiting:
+        if rank in lease.done:
+            return Waiting(
+                f"engine {lease.engine!r} to finish version {lease.version}",
+                tuple(f"engine {lease.engine!r} rank {other}" for other in lease.missing),
+            )
+        if rank in lease.holding:
+            raise OutOfOrder(
+                f"engine {lease.engine!r} rank {rank} holds a lease on version {lease.version} already",
+                remedy="release it before the next lease",
+                version=lease.version,
+                rank=rank,
+            )
+        if version is not None and version != lease.version:
+            raise VersionMismatch(
+                f"engine {lease.engine!r} rank {rank} asks for version {version}, "
+                f"but rank {min(lease.holding | lease.done)} leased version {lease.version}",
+                remedy="ask for the same version on every rank of an engine",
+                version=version,
+                rank=rank,
+            )
+        lease.holding.add(rank)
+        return lease
+
+    def _readable(self, version: int | None, newer_than: int | None) -> Slot | Waiting:
+        newest = self.newest
+        if version is None:
+            if newest is None:
+                return Waiting("the first version", self._trainers())
+            if newer_than is not None and newest.version is not None and newest.version <= newer_than:
+                return Waiting(f"a version newer than {newer_than}", self._trainers())
+            return newest
+        for slot in (newest, self.slot_in(SlotState.FRONT)):
+            if slot is not None and slot.version == version:
+                return slot
+        if newest is not None and newest.version is not None and version < newest.version:
+            held = sorted(str(slot.version) for slot in self.slots if slot.version is not None)
+            raise VersionNotAvailable(
+                f"version {version} has been replaced; the stage holds {', '.join(held)}",
+                remedy="ask for the latest, or for a version that is there",
+                version=version,
+            )
+        return Waiting(f"version {version}", self._trainers())
+
+    def _trainers(self) -> tuple[str, ...]:
+        filling = self.filling
+        if filling is None:
+            return (f"{self.ranks} trainer ranks, none of which has begun",)
+        return self._uncommitted(filling)
+
+    def _make_front(self, sealed: Slot) -> None:
+        """Flip: the sealed slot becomes the front; the old front drains, or is free if nobody reads it."""
+        front = self.slot_in(SlotState.FRONT)
+        if front is not None:
+            front.state = SlotState.DRAINING
+            self._free_if_drained(front)
+        sealed.state = SlotState.FRONT
+
+    def release(self, lease_id: int, rank: int) -> None:
+        """A rank has read what it needs.
+
+        Raises:
+            LeaseLost: the lease ended before.
+            OutOfOrder: the rank does not hold it.
+        """
+        lease = self.leases.get(lease_id)
+        if lease is None:
+            why = self._lost_leases.get(lease_id, "it does not exist")
+            raise LeaseLost(
+                f"lease {lease_id} is gone: {why}",
+                remedy="discard what was read under it and lease again",
+                rank=rank,
+            )
+        if rank not in lease.holding:
+            raise OutOfOrder(
+                f"engine {lease.engine!r} rank {rank} releases lease {lease_id} without holding it",
+                remedy="release a lease once per rank",
+                rank=rank,
+            )
+        self._finish(lease, rank)
+
+    def reader_gone(self, engine: str, rank: int) -> None:
+        """A reader rank is gone: it holds nothing any more, and nobody waits for it."""
+        for lease in [lease for lease in self.leases.values() if lease.engine == engine]:
+            self._finish(lease, rank)
+
+    def end_lease(self, lease_id: int, reason: str) -> Lease | None:
+        """Take a lease away from all its ranks. Returns it, or None when it had ended."""
+        lease = self.leases.pop(lease_id, None)
+        if lease is not None:
+            self._remember_lost(lease_id, reason)
+            self._free_if_drained(lease.slot)
+        return lease
+
+    def _finish(self, lease: Lease, rank: int) -> None:
+        lease.holding.discard(rank)
+        lease.done.add(rank)
+        if lease.complete:
+            del self.leases[lease.id]
+            self._free_if_drained(lease.slot)
+
+    def _remember_lost(self, lease_id: int, reason: str) -> None:
+        self._lost_leases[lease_id] = reason
+        for old in list(self._lost_leases)[:-16]:  # enough to tell a late rank why; bounded for ever
+            del self._lost_leases[old]
+
+    def _free_if_drained(self, slot: Slot) -> None:
+        if slot.state is SlotState.DRAINING and not self.leases_on(slot):
+            slot.clear()
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    numbers = sorted(ranks)
+    listed = ", ".join(map(str, numbers))
+    return f"rank {listed} is" if len(numbers) == 1 else f"ranks {listed} are"

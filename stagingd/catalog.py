@@ -1,0 +1,306 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The catalog: every tensor of a stage, who owns which box of it, and where it lies in a slot.
+
+A slot holds each tensor once, in its global row-major layout at an aligned offset, and behind the
+tensors the moments. So any shard is written, and any slice read, by addressing alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, Final
+
+from pydantic import Field
+
+from stagingd import boxes, moments
+from stagingd.boxes import Box, Shape
+from stagingd.dtypes import ITEM_BYTES, WITH_MOMENTS
+from stagingd.errors import BoxDoubled, BoxMissing, BoxOutside, UnknownTensor, WrongDtype, WrongShape
+from stagingd.moments import Grid
+from stagingd.record import Name, Rank, Record, StageName
+
+ALIGNMENT: Final = 256
+"""Bytes: every tensor starts at a multiple, so that copies and kernels take their fast paths."""
+
+
+GridName = Annotated[Grid, Field(strict=False)]
+"""A grid, also as the plain string that arrives in a message."""
+
+
+class TensorDeclaration(Record):
+    """What one rank says of a tensor: its global dtype and shape, and the boxes that this rank holds."""
+
+    name: Name
+    dtype: str
+    shape: Shape
+    boxes: tuple[Box, ...]
+
+
+class StagedTensor(Record):
+    """A tensor of a stage; ``offset`` is its first byte's distance from the slot's."""
+
+    name: Name
+    dtype: str
+    shape: Shape
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether moments are kept for it: they are for floating-point weights."""
+        return self.dtype in WITH_MOMENTS
+
+
+class OwnedBox(Record):
+    """A box that one rank writes; ``tensor`` is an index into the catalog's tensors.
+
+    The cells of its moments follow each other, grid by grid, from ``first_cell`` on.
+    """
+
+    tensor: int
+    box: Box
+    rank: Rank
+    first_cell: int
+
+
+class Catalog(Record):
+    """Every tensor of a stage and who writes what; fixed once all ranks have declared."""
+
+    stage: StageName
+    ranks: int
+    grids: tuple[GridName, ...]
+    tensors: tuple[StagedTensor, ...]
+    owned: tuple[OwnedBox, ...]
+    cells: int
+    moments_offset: int
+    slot_bytes: int
+
+    @cached_property
+    def _positions(self) -> Mapping[str, int]:
+        return {tensor.name: i for i, tensor in enumerate(self.tensors)}
+
+    @cached_property
+    def _owned_by_tensor(self) -> Mapping[int, Sequence[OwnedBox]]:
+        grouped: dict[int, list[OwnedBox]] = defaultdict(list)
+        for owned in self.owned:
+            grouped[owned.tensor].append(owned)
+        return grouped
+
+    def tensor(self, name: str) -> StagedTensor:
+        """The tensor of this name.
+
+        Raises:
+            UnknownTensor: the stage has none; the message lists the nearest names.
+        """
+        return self.tensors[self.position(name)]
+
+    def position(self, name: str) -> int:
+        """Index of a tensor in ``tensors``. Raises UnknownTensor."""
+        if name not in self._positions:
+            near = difflib.get_close_matches(name, self._positions, n=3, cutoff=0.4)
+            hint = f"the nearest names are {', '.join(near)}" if near else "no name is near it"
+            raise UnknownTensor(
+                f"stage {self.stage!r} has no tensor {name!r}: {hint}",
+                remedy="declare it before the first version, or correct the name",
+                stage=self.stage,
+                tensor=name,
+            )
+        return self._positions[name]
+
+    def owned_of(self, name: str) -> Sequence[OwnedBox]:
+        """All boxes of a tensor, with their owners: together they are the tensor. Raises UnknownTensor."""
+        return self._owned_by_tensor[self.position(name)]
+
+    def owned_by(self, rank: int) -> Sequence[OwnedBox]:
+        """The boxes that a rank has to put for every version."""
+        return [owned for owned in self.owned if owned.rank == rank]
+
+    def first_cell(self, owned: OwnedBox, grid: Grid) -> int:
+        """Where in the slot's cells the owned box's cells of a grid begin."""
+        shape = self.tensors[owned.tensor].shape
+        before = self.grids[: self.grids.index(grid)]
+        return owned.first_cell + sum(moments.cells_of(g, shape, owned.box).volume for g in before)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of one version's tensors, without alignment and moments."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+def build(stage: str, declarations: Sequence[Sequence[TensorDeclaration]], grids: Sequence[Grid]) -> Catalog:
+    """Make the catalog from what every rank declared.
+
+    Args:
+        stage: the stage's name.
+        declarations: per rank, its tensors. The order in which tensors first appear is their order in a slot.
+        grids: the grids to keep moments for.
+
+    Raises:
+        WrongDtype, WrongShape: ranks disagree, or a dtype or shape cannot be staged.
+        BoxOutside, BoxDoubled, BoxMissing: the boxes do not cover each tensor exactly once. Identical
+            boxes of different ranks are replicas, and one of them is made the owner.
+    """
+    holders = _holders(declarations)
+    first = {tensor.name: tensor for rank in reversed(declarations) for tensor in reversed(rank)}
+    order = list(dict.fromkeys(tensor.name for rank in declarations for tensor in rank))
+    for name in order:
+        _check_cover(first[name], holders[name])
+    owners = _choose_owners(first, holders)
+    tensors, at = [], 0
+    for name in order:
+        tensors.append(StagedTensor(name=name, dtype=first[name].dtype, shape=first[name].shape, offset=at))
+        at = _aligned(at + tensors[-1].bytes)
+    owned, cell_count = _place_cells(tensors, owners, grids)
+    return Catalog(
+        stage=stage,
+        ranks=len(declarations),
+        grids=tuple(grids),
+        tensors=tuple(tensors),
+        owned=owned,
+        cells=cell_count,
+        moments_offset=at,
+        slot_bytes=at + moments.stored_bytes(cell_count),
+    )
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _holders(declarations: Sequence[Sequence[TensorDeclaration]]) -> dict[str, dict[Box, list[int]]]:
+    """Per tensor and distinct box, the ranks that hold it; checks each declaration by itself."""
+    known: dict[str, tuple[int, TensorDeclaration]] = {}
+    holders: dict[str, dict[Box, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for rank, tensors in enumerate(declarations):
+        seen: set[str] = set()
+        for tensor in tensors:
+            if tensor.name in seen:
+                raise BoxDoubled(
+                    f"rank {rank} declares tensor {tensor.name!r} twice",
+                    remedy="declare each tensor once, with all boxes that the rank holds",
+                    tensor=tensor.name,
+                    rank=rank,
+                )
+            seen.add(tensor.name)
+            _check_declaration(rank, tensor)
+            _check_agreement(rank, tensor, *known.setdefault(tensor.name, (rank, tensor)))
+            for box in tensor.boxes:
+                if rank in holders[tensor.name][box]:
+                    raise _doubled(tensor.name, box, rank, rank)
+                holders[tensor.name][box].append(rank)
+            holders[tensor.name]  # a tensor declared without boxes is still to be covered
+    return holders
+
+
+def _check_declaration(rank: int, tensor: TensorDeclaration) -> None:
+    if tensor.dtype not in ITEM_BYTES:
+        raise WrongDtype(
+            f"rank {rank} declares tensor {tensor.name!r} with dtype {tensor.dtype!r}",
+            remedy=f"stage it as one of {', '.join(ITEM_BYTES)}",
+            tensor=tensor.name,
+            rank=rank,
+        )
+    if any(size < 1 for size in tensor.shape):
+        raise WrongShape(
+            f"rank {rank} declares tensor {tensor.name!r} with shape {tensor.shape}, which has no elements",
+            remedy="leave empty tensors out of the declaration",
+            tensor=tensor.name,
+            rank=rank,
+        )
+    for box in tensor.boxes:
+        if not boxes.fits(box, tensor.shape) or not box.volume:
+            raise BoxOutside(
+                f"rank {rank} declares box {box} of tensor {tensor.name!r}, whose shape is {tensor.shape}",
+                remedy="declare non-empty boxes inside the tensor's global shape",
+                tensor=tensor.name,
+                box=box,
+                rank=rank,
+            )
+
+
+def _check_agreement(rank: int, tensor: TensorDeclaration, other_rank: int, other: TensorDeclaration) -> None:
+    if tensor.dtype != other.dtype:
+        raise WrongDtype(
+            f"tensor {tensor.name!r} is {tensor.dtype} on rank {rank} and {other.dtype} on rank {other_rank}",
+            remedy="declare the same dtype on every rank",
+            tensor=tensor.name,
+            rank=rank,
+        )
+    if tensor.shape != other.shape:
+        raise WrongShape(
+            f"tensor {tensor.name!r} has global shape {tensor.shape} on rank {rank} and {other.shape} on rank {other_rank}",
+            remedy="declare the global shape, not the shard's, and the same on every rank",
+            tensor=tensor.name,
+            rank=rank,
+        )
+
+
+def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]]) -> None:
+    distinct = list(holders)
+    clash = boxes.overlapping(distinct)
+    if clash is not None:
+        raise _doubled(tensor.name, clash[2], holders[distinct[clash[0]]][0], holders[distinct[clash[1]]][0])
+    missing = boxes.uncovered(tensor.shape, distinct)
+    if missing is not None:
+        raise BoxMissing(
+            f"no rank declared box {missing} of tensor {tensor.name!r}, whose shape is {tensor.shape}",
+            remedy="declare every element of the tensor on some rank",
+            tensor=tensor.name,
+            box=missing,
+        )
+
+
+def _doubled(name: str, box: Box, rank: int, other: int) -> BoxDoubled:
+    who = f"rank {rank} twice" if rank == other else f"ranks {rank} and {other} in boxes that are not the same"
+    return BoxDoubled(
+        f"box {box} of tensor {name!r} is declared by {who}",
+        remedy="declare each element once; replicas must declare identical boxes",
+        tensor=name,
+        box=box,
+        rank=other,
+    )
+
+
+def _choose_owners(
+    tensors: Mapping[str, TensorDeclaration], holders: Mapping[str, Mapping[Box, Sequence[int]]]
+) -> dict[tuple[str, Box], int]:
+    """Give each box to one of its holders: replicas, largest first, to the one with fewest bytes so far."""
+    owners: dict[tuple[str, Box], int] = {}
+    load: dict[int, int] = defaultdict(int)
+    replicated = []
+    for name, by_box in holders.items():
+        for box, ranks in by_box.items():
+            size = box.volume * ITEM_BYTES[tensors[name].dtype]
+            if len(ranks) > 1:
+                replicated.append((size, name, box, ranks))
+                continue
+            owners[name, box] = ranks[0]
+            load[ranks[0]] += size
+    for size, name, box, ranks in sorted(replicated, key=lambda item: -item[0]):
+        owner = min(ranks, key=lambda rank: (load[rank], rank))
+        owners[name, box] = owner
+        load[owner] += size
+    return owners
+
+
+def _place_cells(
+    tensors: Sequence[StagedTensor], owners: Mapping[tuple[str, Box], int], grids: Sequence[Grid]
+) -> tuple[tuple[OwnedBox, ...], int]:
+    """Number the cells rank by rank, so that a rank writes its moments of a version in one piece per field."""
+    position = {tensor.name: i for i, tensor in enumerate(tensors)}
+    placed, at = [], 0
+    for (name, box), rank in sorted(owners.items(), key=lambda item: (item[1], position[item[0][0]], item[0][1])):
+        tensor = tensors[position[name]]
+        placed.append(OwnedBox(tensor=position[name], box=box, rank=rank, first_cell=at))
+        if tensor.has_moments:
+            at += sum(moments.cells_of(grid, tensor.shape, box).volume for grid in grids)
+    return tuple(placed), at

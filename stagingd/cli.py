@@ -1,0 +1,117 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``stagingd``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from stagingd import demo as demo_run
+from stagingd import logs, wire
+from stagingd.config import Settings
+from stagingd.connection import Connection
+from stagingd.daemon import Daemon
+from stagingd.errors import StagingError
+
+app = typer.Typer(
+    help="Stage model weights in shared host memory between trainers and inference engines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+RuntimeDir = Annotated[Path | None, typer.Option(help="Folder of the sockets. Default: STAGINGD_RUNTIME_DIR.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+
+
+def _settings(**given: Any) -> Settings:
+    """Settings from the environment, with what was given on the command line before them."""
+    return Settings(**{name: value for name, value in given.items() if value is not None})
+
+
+@app.command()
+def serve(
+    runtime_dir: RuntimeDir = None,
+    segment_prefix: Annotated[str | None, typer.Option(help="Start of the segments' names.")] = None,
+    lock_memory: Annotated[bool | None, typer.Option(help="Lock segments into physical memory.")] = None,
+    group: Annotated[str | None, typer.Option(help="Unix group that may connect.")] = None,
+    lease_s: Annotated[
+        float | None, typer.Option(help="Longest time an engine may hold a version, in seconds.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="json or console.")] = None,
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT."""
+    settings = _settings(**locals())
+    logs.configure(settings)
+    Daemon(settings).run()
+
+
+@app.command()
+def status(runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
+    """Show every stage: versions, who fills, who reads, what is waited for."""
+    with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd status") as connection:
+        report = connection.request(wire.Status(), wire.StatusReport)
+    if as_json:
+        typer.echo(report.model_dump_json())
+        return
+    console = Console()
+    console.print(f"daemon pid {report.pid}, up {report.uptime_s:.0f} s, {report.connections} connections")
+    for stage in report.stages:
+        console.print(_stage_table(stage))
+        for line in stage.waiting:
+            console.print(f"  [yellow]{line}[/yellow]")
+
+
+def _stage_table(stage: wire.StageStatus) -> Table:
+    size = f"{stage.segment_bytes / 2**30:.3f} GiB"
+    title = f"{stage.stage}: {stage.tensors} tensors, {size}, policy {stage.policy}"
+    table = Table(title=title, title_justify="left")
+    for column in ("slot", "state", "version", "committed by ranks", "leased by"):
+        table.add_column(column)
+    for index, slot in enumerate(stage.slots):
+        holders = [f"{lease.engine} ({lease.age_s:.1f} s)" for lease in stage.leases if lease.version == slot.version]
+        committed = ", ".join(map(str, slot.committed_ranks))
+        version = "" if slot.version is None else str(slot.version)
+        table.add_row(str(index), slot.state, version, committed, ", ".join(holders))
+    return table
+
+
+@app.command()
+def drop(stage: str, runtime_dir: RuntimeDir = None) -> None:
+    """Give the memory of a stage back. Refused while trainers or engines are attached."""
+    with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd drop") as connection:
+        connection.request(wire.Drop(stage=stage), wire.Done)
+    typer.echo(f"stage {stage} is gone")
+
+
+@app.command()
+def demo(
+    versions: Annotated[int, typer.Option(min=5, help="How many versions to publish and check.")] = 6,
+    trainers: Annotated[int, typer.Option(min=2, help="How many FSDP2 trainer processes.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small model, stage every version, and generate from it with a real vLLM engine; check everything."""
+    outcome = demo_run.run(versions=versions, trainers=trainers, console=Console(stderr=as_json))
+    if as_json:
+        typer.echo(outcome.model_dump_json())
+    raise typer.Exit(0 if outcome.ok else 1)
+
+
+def main() -> None:
+    """Entry point: a refusal is one line and exit status 1, not a traceback."""
+    try:
+        app()
+    except StagingError as error:
+        typer.echo(f"stagingd: {error}", err=True)
+        sys.exit(1)
+    except ValidationError as error:
+        first = error.errors()[0]
+        typer.echo(f"stagingd: setting {'.'.join(map(str, first['loc']))}: {first['msg']}", err=True)
+        sys.exit(2)

@@ -1,0 +1,66 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's settings: one typed object, from the environment (``STAGINGD_…``) and the command line."""
+
+from __future__ import annotations
+
+import grp
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def default_runtime_dir() -> Path:
+    """Where sockets live: ``/run/stagingd`` where it exists, else a folder that is this user's alone."""
+    system = Path("/run/stagingd")
+    if system.is_dir():
+        return system
+    if "XDG_RUNTIME_DIR" in os.environ:
+        return Path(os.environ["XDG_RUNTIME_DIR"]) / "stagingd"
+    return Path(tempfile.gettempdir()) / f"stagingd-{os.getuid()}"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Sizes are in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="STAGINGD_", frozen=True, extra="forbid")
+
+    runtime_dir: Path = Field(default_factory=default_runtime_dir)
+    """Folder of the control and event sockets."""
+
+    segment_prefix: str = Field(default_factory=lambda: f"/stagingd-{os.getuid()}-", pattern=r"^/[A-Za-z0-9_.-]+$")
+    """Start of the shared memory segments' names."""
+
+    lock_memory: bool = True
+    """Lock the segments into physical memory. Without it the kernel may swap weights out."""
+
+    group: str | None = None
+    """Unix group whose members may connect and map; by default only the daemon's own user may."""
+
+    lease_s: float = Field(default=60.0, gt=0)
+    """How long an engine may hold a version before the lease is taken from it."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least level that is logged."""
+
+    log_format: Literal["json", "console"] = "json"
+    """One JSON object a line, or coloured text for people."""
+
+    @property
+    def control_socket(self) -> Path:
+        """The ROUTER socket's file."""
+        return self.runtime_dir / "control.sock"
+
+    @property
+    def event_socket(self) -> Path:
+        """The PUB socket's file."""
+        return self.runtime_dir / "events.sock"
+
+    @property
+    def group_id(self) -> int:
+        """The group's number, or -1 for the process's own. Raises KeyError for a group that does not exist."""
+        return grp.getgrnam(self.group).gr_gid if self.group else -1

@@ -1,0 +1,358 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every message of the control channel, typed; msgpack in and out; limits.
+
+A request is ``[request id, body]`` on a DEALER socket, its answer ``[request id, body]`` with the same
+id. Bodies are msgpack maps whose ``kind`` names the message. Nothing is ever unpickled or executed:
+a body that is not exactly one of these messages is refused with a typed error.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import msgpack
+from pydantic import Field, TypeAdapter, ValidationError
+
+from stagingd.boxes import Box
+from stagingd.buffer import Policy
+from stagingd.catalog import Catalog, GridName, TensorDeclaration
+from stagingd.errors import MessageRefused, MessageTooLarge, StagingError, from_code
+from stagingd.moments import ALL_GRIDS
+from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
+
+PROTOCOL: Final = 1
+"""Raised whenever a message changes: daemon and clients must agree."""
+
+MAX_MESSAGE_BYTES: Final = 64 * 2**20
+"""A declaration of 18,000 tensors by 64 ranks stays below 32 MiB."""
+
+MAX_DEPTH_ITEMS: Final = 16 * 2**20
+"""Items in one array or map of a message; msgpack's own limit on nesting bounds the depth."""
+
+
+class OnNonFinite(StrEnum):
+    """What sealing does with a version that holds NaN or infinite values."""
+
+    REJECT = "reject"
+    """Refuse it: poisoned weights never reach an engine."""
+
+    WARN = "warn"
+    """Seal it and log which tensors hold how many."""
+
+
+class StageOptions(Record):
+    """How a stage behaves; every rank declares the same."""
+
+    policy: Annotated[Policy, Field(strict=False)] = Policy.LATEST
+    grids: Annotated[tuple[GridName, ...], Field(min_length=1)] = ALL_GRIDS
+    on_non_finite: Annotated[OnNonFinite, Field(strict=False)] = OnNonFinite.REJECT
+
+
+class Hello(Record):
+    """The first request of a connection: who speaks. Answered by Welcome."""
+
+    kind: Literal["hello"] = "hello"
+    protocol: int
+    pid: Annotated[int, Field(gt=0)]
+    name: Name
+
+
+class Declare(Record):
+    """A trainer rank's tensors. Answered by Declared once all ranks have declared."""
+
+    kind: Literal["declare"] = "declare"
+    stage: StageName
+    rank: Rank
+    ranks: RankCount
+    options: StageOptions
+    tensors: tuple[TensorDeclaration, ...]
+    timeout_s: Seconds
+
+
+class Begin(Record):
+    """A trainer rank begins a version. Answered by Begun once there is a slot to fill."""
+
+    kind: Literal["begin"] = "begin"
+    stage: StageName
+    rank: Rank
+    version: Version
+    timeout_s: Seconds
+
+
+class Commit(Record):
+    """A trainer rank has put ``boxes`` boxes, all that it owns. Answered by Sealed."""
+
+    kind: Literal["commit"] = "commit"
+    stage: StageName
+    rank: Rank
+    version: Version
+    boxes: Annotated[int, Field(ge=0)]
+    timeout_s: Seconds
+
+
+class Abort(Record):
+    """A trainer rank gives up the version that is being filled. Answered by Done."""
+
+    kind: Literal["abort"] = "abort"
+    stage: StageName
+    rank: Rank
+    version: Version
+    reason: Annotated[str, Field(max_length=2000)]
+
+
+class Attach(Record):
+    """A reader rank of an engine. Answered by Attached once the stage exists."""
+
+    kind: Literal["attach"] = "attach"
+    stage: StageName
+    engine: Name
+    rank: Rank
+    ranks: RankCount
+    timeout_s: Seconds
+
+
+class LeaseVersion(Record):
+    """A reader rank asks to read a version, by default the newest. Answered by Leased."""
+
+    kind: Literal["lease"] = "lease"
+    stage: StageName
+    engine: Name
+    rank: Rank
+    version: Version | None = None
+    newer_than: Version | None = None
+    timeout_s: Seconds
+
+
+class Release(Record):
+    """A reader rank has read what it needs. Answered by Done."""
+
+    kind: Literal["release"] = "release"
+    stage: StageName
+    lease: Annotated[int, Field(ge=0)]
+    rank: Rank
+
+
+class Status(Record):
+    """Asks what every stage holds. Answered by StatusReport."""
+
+    kind: Literal["status"] = "status"
+
+
+class Drop(Record):
+    """Give a stage's memory back. Refused while trainers or engines are attached. Answered by Done."""
+
+    kind: Literal["drop"] = "drop"
+    stage: StageName
+
+
+class Bye(Record):
+    """The connection is closed in good order: what it held is given back. Answered by Done."""
+
+    kind: Literal["bye"] = "bye"
+
+
+Request = Hello | Declare | Begin | Commit | Abort | Attach | LeaseVersion | Release | Status | Drop | Bye
+
+
+class Welcome(Record):
+    """The daemon's side of Hello."""
+
+    kind: Literal["welcome"] = "welcome"
+    protocol: int
+    pid: int
+    events: Name
+
+
+class Declared(Record):
+    """The stage exists: its catalog, its segment and the newest sealed version."""
+
+    kind: Literal["declared"] = "declared"
+    catalog: Catalog
+    segment: Name
+    newest: Version | None
+
+
+class Begun(Record):
+    """The slot to fill, and whether the rank was kept waiting for it."""
+
+    kind: Literal["begun"] = "begun"
+    slot: int
+    waited: bool
+
+
+class Sealed(Record):
+    """The version is complete and readable."""
+
+    kind: Literal["sealed"] = "sealed"
+    version: Version
+
+
+class Attached(Record):
+    """The stage's catalog and segment, for a reader."""
+
+    kind: Literal["attached"] = "attached"
+    catalog: Catalog
+    segment: Name
+    newest: Version | None
+
+
+class Leased(Record):
+    """The slot to read, and for how long it is certain not to be written."""
+
+    kind: Literal["leased"] = "leased"
+    lease: int
+    version: Version
+    slot: int
+    deadline_s: float
+
+
+class Done(Record):
+    """There is nothing to say."""
+
+    kind: Literal["done"] = "done"
+
+
+class LeaseStatus(Record):
+    """A lease, for people: who reads which version, since when."""
+
+    lease: int
+    engine: str
+    version: int
+    awaited_ranks: tuple[int, ...]
+    age_s: float
+
+
+class SlotStatus(Record):
+    """A slot, for people."""
+
+    state: str
+    version: int | None
+    committed_ranks: tuple[int, ...]
+
+
+class StageStatus(Record):
+    """A stage, for people."""
+
+    stage: str
+    policy: str
+    trainers: tuple[int, ...]
+    ranks: int
+    engines: tuple[str, ...]
+    tensors: int
+    segment: str
+    segment_bytes: int
+    slots: tuple[SlotStatus, ...]
+    leases: tuple[LeaseStatus, ...]
+    waiting: tuple[str, ...]
+    sealed_versions: int
+    aborted_versions: int
+    begins_kept_waiting: int
+
+
+class StatusReport(Record):
+    """What the daemon holds."""
+
+    kind: Literal["status_report"] = "status_report"
+    pid: int
+    uptime_s: float
+    connections: int
+    refused_messages: int
+    stages: tuple[StageStatus, ...]
+
+
+class Refusal(Record):
+    """A request's typed error; nothing was changed."""
+
+    kind: Literal["refusal"] = "refusal"
+    code: str
+    what: str
+    remedy: str
+    context: dict[str, Any]
+
+
+Answer = Welcome | Declared | Begun | Sealed | Attached | Leased | Done | StatusReport | Refusal
+
+
+class Event(Record):
+    """What happened to a stage, on the PUB socket: ``sealed``, ``aborted``, ``leased``, ``released``, …"""
+
+    kind: Literal["event"] = "event"
+    event: Name
+    stage: StageName
+    version: Version | None
+    detail: str
+
+
+Message = TypeVar("Message")
+
+_REQUESTS: TypeAdapter[Request] = TypeAdapter(Annotated[Request, Field(discriminator="kind")])
+_ANSWERS: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])
+_EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def encode(message: Record) -> bytes:
+    """The message as msgpack.
+
+    Raises:
+        MessageTooLarge: it exceeds the control channel's limit; the peer would refuse it.
+    """
+    body: bytes = msgpack.packb(message.model_dump())
+    _check_size(len(body))
+    return body
+
+
+def decode_request(body: bytes) -> Request:
+    """What a client asks. Raises MessageRefused, MessageTooLarge."""
+    return _decode(_REQUESTS, body)
+
+
+def decode_answer(body: bytes) -> Answer:
+    """What the daemon answers. Raises MessageRefused, MessageTooLarge."""
+    return _decode(_ANSWERS, body)
+
+
+def decode_event(body: bytes) -> Event:
+    """What the daemon tells everybody. Raises MessageRefused, MessageTooLarge."""
+    return _decode(_EVENTS, body)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_MESSAGE_BYTES:
+        raise MessageTooLarge(
+            f"a message of {size} bytes exceeds the limit of {MAX_MESSAGE_BYTES}",
+            remedy="tensors go through shared memory; split a declaration into several stages",
+        )
+
+
+def _decode(adapter: TypeAdapter[Message], body: bytes) -> Message:
+    _check_size(len(body))
+    try:
+        plain = msgpack.unpackb(body, use_list=False, max_array_len=MAX_DEPTH_ITEMS, max_map_len=MAX_DEPTH_ITEMS)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise MessageRefused(
+            f"a message of {len(body)} bytes is not msgpack: {error}", remedy="use a client of the same version"
+        ) from error
+    try:
+        return adapter.validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the message"
+        raise MessageRefused(
+            f"a message is malformed: {where}: {first['msg']}", remedy="use a client of the same version"
+        ) from error
+
+
+def refusal(error: StagingError) -> Refusal:
+    """The error as an answer."""
+    context = {name: list(value) if isinstance(value, Box) else value for name, value in error.context.items()}
+    return Refusal(code=error.code, what=error.what, remedy=error.remedy, context=context)
+
+
+def refused(answer: Refusal) -> StagingError:
+    """The error that an answer stands for, to be raised by the one who asked."""
+    context = dict(answer.context)
+    if isinstance(context.get("box"), tuple):
+        context["box"] = Box(*context["box"])
+    return from_code(answer.code, answer.what, answer.remedy, context)
