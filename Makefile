@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/installed
+	$(BIN)/stagingd demo
+
+test: .venv/installed
+	$(BIN)/pytest
+
+lint: .venv/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: .venv/installed
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.host
+
+# Every package is named with its version in requirements/cpu.txt, so nothing is resolved anew.
+.venv/installed: requirements/cpu.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-deps --requirement requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv/installed
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,114 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks declare, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stagingd.boxes import Box, whole
+from stagingd.catalog import ALIGNMENT, TensorDeclaration, build
+from stagingd.errors import BoxDoubled, BoxMissing, BoxOutside, StagingError, UnknownTensor, WrongDtype, WrongShape
+from stagingd.moments import ALL_GRIDS
+
+SHAPE = (10, 6)
+
+
+def declared(*boxes: Box, name: str = "w", dtype: str = "bfloat16", shape: tuple[int, ...] = SHAPE) -> TensorDeclaration:
+    return TensorDeclaration(name=name, dtype=dtype, shape=shape, boxes=boxes)
+
+
+def rows(start: int, stop: int) -> Box:
+    return Box((start, 0), (stop - start, SHAPE[1]))
+
+
+def refusal(*ranks: list[TensorDeclaration]) -> StagingError:
+    with pytest.raises(StagingError) as caught:
+        build("policy", ranks, ALL_GRIDS)
+    return caught.value
+
+
+def test_a_missing_box_is_named() -> None:
+    error = refusal([declared(rows(0, 4))], [declared(rows(6, 10))])
+    assert isinstance(error, BoxMissing)
+    assert error.context["box"] == rows(4, 6)
+    assert "'w'" in str(error)
+
+
+def test_a_tensor_that_nobody_holds_is_missing() -> None:
+    assert isinstance(refusal([declared()]), BoxMissing)
+
+
+def test_overlapping_boxes_are_doubled() -> None:
+    error = refusal([declared(rows(0, 6))], [declared(rows(5, 10))])
+    assert isinstance(error, BoxDoubled)
+    assert error.context["box"] == rows(5, 6)
+    assert "ranks 0 and 1" in str(error)
+
+
+def test_a_box_declared_twice_by_one_rank_is_doubled() -> None:
+    assert isinstance(refusal([declared(whole(SHAPE), whole(SHAPE))]), BoxDoubled)
+
+
+def test_a_tensor_declared_twice_by_one_rank_is_doubled() -> None:
+    assert isinstance(refusal([declared(rows(0, 5)), declared(rows(5, 10))]), BoxDoubled)
+
+
+@pytest.mark.parametrize("box", [Box((5, 0), (6, 6)), Box((0,), (10,)), Box((0, 0), (0, 6)), Box((-1, 0), (1, 1))])
+def test_a_box_outside_its_tensor_is_refused(box: Box) -> None:
+    error = refusal([declared(box)])
+    assert isinstance(error, BoxOutside)
+    assert error.context["tensor"] == "w"
+
+
+def test_ranks_that_disagree_on_dtype_or_shape_are_refused() -> None:
+    half = [declared(rows(0, 5))]
+    assert isinstance(refusal(half, [declared(rows(5, 10), dtype="float32")]), WrongDtype)
+    assert isinstance(refusal(half, [declared(Box((5, 0), (5, 6)), shape=(12, 6))]), WrongShape)
+
+
+def test_a_dtype_or_shape_that_cannot_be_staged_is_refused() -> None:
+    assert isinstance(refusal([declared(whole(SHAPE), dtype="complex64")]), WrongDtype)
+    assert isinstance(refusal([declared(shape=(0, 6))]), WrongShape)
+
+
+def test_replicas_are_spread_over_their_holders_by_bytes() -> None:
+    tensors = [declared(whole(SHAPE), name=f"w{i}") for i in range(6)]
+    catalog = build("policy", [tensors, tensors, tensors], ALL_GRIDS)
+    assert [len(catalog.owned_by(rank)) for rank in range(3)] == [2, 2, 2]
+
+
+def test_an_unknown_tensor_is_refused_with_the_nearest_names() -> None:
+    catalog = build("policy", [[declared(whole(SHAPE), name="model.layers.0.mlp.up_proj.weight")]], ALL_GRIDS)
+    with pytest.raises(UnknownTensor, match="nearest names are model.layers.0.mlp.up_proj.weight"):
+        catalog.tensor("model.layers.0.mlp.upproj.weight")
+
+
+@given(
+    st.lists(st.tuples(st.lists(st.integers(1, 300), max_size=3), st.sampled_from(["bfloat16", "float32", "int64"]))),
+    st.integers(1, 4),
+)
+def test_tensors_and_moments_never_overlap_in_a_slot(tensors: list[tuple[list[int], str]], ranks: int) -> None:
+    declarations = [
+        [declared(*_part(tuple(s), r, ranks), name=f"t{i}", dtype=d, shape=tuple(s)) for i, (s, d) in enumerate(tensors)]
+        for r in range(ranks)
+    ]
+    catalog = build("policy", declarations, ALL_GRIDS)
+    end = 0
+    for tensor in catalog.tensors:
+        assert tensor.offset >= end
+        assert tensor.offset % ALIGNMENT == 0
+        end = tensor.offset + tensor.bytes
+    assert end <= catalog.moments_offset <= catalog.slot_bytes
+    starts = [owned.first_cell for owned in catalog.owned]
+    assert starts == sorted(starts)
+    assert [owned.rank for owned in catalog.owned] == sorted(owned.rank for owned in catalog.owned)
+
+
+def _part(shape: tuple[int, ...], rank: int, ranks: int) -> tuple[Box, ...]:
+    """Rows of a tensor as FSDP2 deals them out: equal chunks, the last ones short or empty."""
+    if not shape:
+        return (whole(shape),)
+    chunk = -(-shape[0] // ranks)
+    start, stop = min(rank * chunk, shape[0]), min((rank + 1) * chunk, shape[0])
+    return (Box((start, *(0,) * (len(shape) - 1)), (stop - start, *shape[1:])),) if stop > start else ()

@@ -1,0 +1,130 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""A real vLLM engine on the CPU takes versions in place, as if it had loaded them from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stagingd_vllm.answers import checked
+from stagingd_vllm.plan import PlanRefused
+
+from stagingd.errors import OutOfOrder
+
+pytestmark = pytest.mark.vllm
+
+PROMPTS = [[1, 5, 9, 7], list(range(20, 60))]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three checkpoints of one tiny model; the last has one tensor too many."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        hidden_size=256,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=1021,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    paths = [tmp_path_factory.mktemp("checkpoint") for _ in range(3)]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(path)
+    odd = paths[2] / "model.safetensors"
+    save_file(load_file(odd) | {"model.layers.0.self_attn.bend.weight": torch.zeros(4)}, odd)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints: list[Path]) -> Iterator[Any]:
+    """An engine that runs the first checkpoint; detached from every stage."""
+    vllm = pytest.importorskip("vllm")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        llm = vllm.LLM(
+            str(checkpoints[0]),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=256,
+            gpu_memory_utilization=0.2,
+            worker_extension_cls="checkpoint_extension.CheckpointExtension",
+        )
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+
+
+def attach(llm: Any, *checkpoints: Path) -> dict[str, object]:
+    stage = os.pathsep.join(map(str, checkpoints))
+    return checked(llm.collective_rpc("stagingd_attach", kwargs={"stage": stage}))[0]
+
+
+def update(llm: Any, version: int) -> dict[str, object]:
+    return checked(llm.collective_rpc("stagingd_update", kwargs={"version": version}))[0]
+
+
+def generated(llm: Any) -> list[tuple[list[int], list[dict[int, float]]]]:
+    """Greedy tokens and the log-probabilities of the two likeliest tokens at every step, per prompt."""
+    sampling = type(llm.get_default_sampling_params())(temperature=0, max_tokens=16, logprobs=2, detokenize=False)
+    llm.reset_prefix_cache()
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    return [
+        (list(output.token_ids), [{token: p.logprob for token, p in step.items()} for step in output.logprobs])
+        for output in outputs
+    ]
+
+
+def test_an_update_in_place_equals_vllms_own_reload_bit_for_bit(engine: Any, checkpoints: list[Path]) -> None:
+    before, weights = generated(engine), engine.collective_rpc("stagingd_weights")
+    summary = attach(engine, *checkpoints[:2])
+    assert summary["bytes_per_update"] == summary["bytes_of_stage"]
+    assert update(engine, 2)["version"] == 2
+    updated, updated_weights = generated(engine), engine.collective_rpc("stagingd_weights")
+    update(engine, 1)
+    assert engine.collective_rpc("stagingd_weights") == weights
+    assert generated(engine) == before
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
+    assert generated(engine) == updated
+    # Addresses too: neither way moves a parameter.
+    assert engine.collective_rpc("stagingd_weights") == updated_weights
+    assert updated != before
+    engine.collective_rpc("stagingd_detach")
+
+
+def test_a_plan_survives_vllms_own_reload(engine: Any, checkpoints: list[Path]) -> None:
+    attach(engine, *checkpoints[:2])
+    update(engine, 1)
+    expected = generated(engine)
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
+    update(engine, 1)
+    assert generated(engine) == expected
+    assert engine.collective_rpc("stagingd_version") == [1]
+    engine.collective_rpc("stagingd_detach")
+
+
+def test_a_stage_that_does_not_fit_is_refused_and_the_engine_goes_on(engine: Any, checkpoints: list[Path]) -> None:
+    expected = generated(engine)
+    with pytest.raises(PlanRefused, match=r"loader refuses model\.layers\.0\.self_attn\.bend\.weight"):
+        attach(engine, checkpoints[2])
+    assert engine.collective_rpc("stagingd_version") == [None]
+    assert generated(engine) == expected
+
+
+def test_an_update_without_a_stage_is_refused(engine: Any) -> None:
+    with pytest.raises(OutOfOrder, match="attached to no stage"):
+        update(engine, 1)

@@ -1,0 +1,239 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The reader's side of a stage: attach, lease a version, read boxes and merged moments, release.
+
+    with Reader.attach("policy", engine="engine-0", rank=0, ranks=2) as reader:
+        with reader.lease() as lease:
+            rows = lease.read("lm_head.weight", Box((0, 0), (512, 256)))
+            amax = lease.moments("lm_head.weight", Grid.TENSOR).amax
+
+It knows nothing of any engine. What it reads are views of shared memory: good until the release.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+
+import torch
+
+from stagingd import segment, wire
+from stagingd.boxes import Box, fits, intersect, relative, whole
+from stagingd.catalog import Catalog
+from stagingd.connection import Connection
+from stagingd.errors import BoxOutside, LeaseLost, OutOfOrder
+from stagingd.moments import Grid, Moments, cells_of, merge_boxes
+
+
+class Reader:
+    """One rank of a reader group (an engine). Use ``Reader.attach``.
+
+    All ranks of an engine get the same version: the first of them to ask decides which.
+    """
+
+    def __init__(self, stage: str, engine: str, rank: int, connection: Connection, mapped: segment.Segment) -> None:
+        self.stage = stage
+        self.engine = engine
+        self.rank = rank
+        self._connection = connection
+        self._segment = mapped
+        self._memory = [_as_bytes(mapped.slot(slot)) for slot in (0, 1)]
+
+    @classmethod
+    def attach(
+        cls,
+        stage: str,
+        *,
+        engine: str,
+        rank: int,
+        ranks: int,
+        socket: str | os.PathLike[str] | None = None,
+        timeout_s: float = 60.0,
+    ) -> Reader:
+        """Join an engine of a stage; waits until trainers have declared it.
+
+        Args:
+            stage: the stage's name.
+            engine: the reader group's name, its own per engine.
+            rank, ranks: this rank of the engine and their number.
+            socket: the daemon's control socket; that of the settings by default.
+            timeout_s: how long to wait for the stage, in seconds.
+
+        Raises:
+            DaemonUnreachable, SocketNotTrusted: there is no daemon to talk to.
+            DeadlineExceeded: nobody has declared the stage in time.
+            RankTaken, CatalogMismatch: the engine's name or rank count is in use otherwise.
+        """
+        connection = Connection(socket, name=f"engine {engine} rank {rank}")
+        request = wire.Attach(stage=stage, engine=engine, rank=rank, ranks=ranks, timeout_s=timeout_s)
+        try:
+            answer = connection.request(request, wire.Attached, timeout_s=timeout_s)
+            mapped = segment.open_existing(answer.segment, writable=False)
+        except BaseException:
+            connection.close()
+            raise
+        return cls(stage, engine, rank, connection, mapped)
+
+    @property
+    def catalog(self) -> Catalog:
+        """Every tensor of the stage."""
+        return self._segment.catalog
+
+    def lease(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> Lease:
+        """Lease a version for reading; the newest complete one by default, which becomes the front.
+
+        Args:
+            version: exactly this one.
+            newer_than: wait for a version greater than this.
+            timeout_s: how long to wait, in seconds.
+
+        Raises:
+            VersionNotAvailable: the version has been replaced.
+            DeadlineExceeded: there was none in time; the message says who was awaited.
+            VersionMismatch, OutOfOrder: the engine's ranks do not act together.
+        """
+        request = wire.LeaseVersion(
+            stage=self.stage,
+            engine=self.engine,
+            rank=self.rank,
+            version=version,
+            newer_than=newer_than,
+            timeout_s=timeout_s,
+        )
+        asked = time.monotonic()
+        leased = self._connection.request(request, wire.Leased, timeout_s=timeout_s)
+        # Counted from before the question: the daemon's own clock for the lease started later.
+        until = asked + leased.deadline_s
+        memory, stored = self._memory[leased.slot], self._segment.moments(leased.slot)
+        return Lease(self.catalog, leased.version, memory, stored, until, lambda: self._release(leased.lease))
+
+    def _release(self, lease: int) -> None:
+        self._connection.request(wire.Release(stage=self.stage, lease=lease, rank=self.rank), wire.Done)
+
+    def close(self) -> None:
+        """Leave the engine. May be called twice."""
+        self._connection.close()
+        self._memory.clear()
+        self._segment.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class Lease:
+    """A version that is certain not to be written until it is released or its time is up."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        version: int,
+        memory: torch.Tensor,
+        stored: segment.StoredMoments,
+        until: float,
+        release: Callable[[], None],
+    ) -> None:
+        self.version = version
+        self.bytes_read = 0
+        self._catalog = catalog
+        self._memory = memory
+        self._stored = stored
+        self._until = until
+        self._release: Callable[[], None] | None = release
+
+    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
+        """A box of a tensor, all of it by default, as a view of shared memory that must not be written.
+
+        Raises:
+            UnknownTensor, BoxOutside: there is no such thing in the stage.
+            LeaseLost, OutOfOrder: the lease is over.
+        """
+        self._check()
+        tensor = self._catalog.tensor(name)
+        box = box if box is not None else whole(tensor.shape)
+        _check_inside(name, box, tensor.shape)
+        raw = self._memory[tensor.offset : tensor.offset + tensor.bytes]
+        dtype: torch.dtype = getattr(torch, tensor.dtype)
+        part: torch.Tensor = raw.view(dtype).view(tensor.shape)[box.slices]
+        self.bytes_read += part.numel() * part.element_size()
+        return part
+
+    def moments(self, name: str, grid: Grid, box: Box | None = None) -> Moments:
+        """Moments of the whole cells that a box touches, merged from all trainer ranks' shards.
+
+        A cell that reaches beyond the box counts with all its elements, so scales made from it are those
+        of the whole tensor.
+
+        Raises:
+            UnknownTensor, BoxOutside: there is no such thing in the stage.
+            OutOfOrder: the stage keeps no moments for this grid or dtype, or the lease is over.
+            LeaseLost: the lease is over.
+        """
+        self._check()
+        tensor = self._catalog.tensor(name)
+        box = box if box is not None else whole(tensor.shape)
+        _check_inside(name, box, tensor.shape)
+        if grid not in self._catalog.grids or not tensor.has_moments:
+            raise OutOfOrder(
+                f"the stage keeps no moments of tensor {name!r} ({tensor.dtype}) for grid {grid.value!r}",
+                remedy="open the stage with this grid on the trainers",
+                tensor=name,
+            )
+        region = cells_of(grid, tensor.shape, box)
+        parts = []
+        for owned in self._catalog.owned_of(name):
+            cells = cells_of(grid, tensor.shape, owned.box)
+            common = intersect(cells, region)
+            if common is not None:
+                first = self._catalog.first_cell(owned, grid)
+                stored = self._stored.of_box(first, grid, tensor.shape, owned.box)
+                parts.append((common, stored.part(relative(common, cells))))
+        return merge_boxes(region, parts)
+
+    def _check(self) -> None:
+        if self._release is None:
+            raise OutOfOrder(f"version {self.version} is read after its release", remedy="lease it again")
+        if time.monotonic() >= self._until:
+            raise LeaseLost(
+                f"the lease on version {self.version} is over: it was held too long",
+                remedy="discard what was read under it and lease again; or raise STAGINGD_LEASE_S",
+                version=self.version,
+            )
+
+    def release(self) -> None:
+        """Give the version back. May be called twice.
+
+        Raises:
+            LeaseLost: the lease ended before: what was read under it may be torn, and must be discarded.
+        """
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+def _check_inside(name: str, box: Box, shape: tuple[int, ...]) -> None:
+    if not fits(box, shape):
+        raise BoxOutside(
+            f"box {box} does not lie in tensor {name!r} of shape {shape}",
+            remedy="read boxes inside the global shape",
+            tensor=name,
+            box=box,
+        )
+
+
+def _as_bytes(memory: memoryview) -> torch.Tensor:
+    """The slot as a tensor. It is mapped read-only, so writing to it would end the process: nobody here does."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(memory, dtype=torch.uint8)
