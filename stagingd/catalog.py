@@ -237,7 +237,8 @@ def _check_agreement(rank: int, tensor: TensorDeclaration, other_rank: int, othe
         )
     if tensor.shape != other.shape:
         raise WrongShape(
-            f"tensor {tensor.name!r} has global shape {tensor.shape} on rank {rank} and {other.shape} on rank {other_rank}",
+            f"tensor {tensor.name!r} has global shape {tensor.shape} on rank {rank}, "
+            f"and {other.shape} on rank {other_rank}",
             remedy="declare the global shape, not the shard's, and the same on every rank",
             tensor=tensor.name,
             rank=rank,

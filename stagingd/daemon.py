@@ -142,7 +142,7 @@ class Daemon:
             os.close(reading)
             os.close(writing)
 
-    def _stop(self, number: int, frame: object) -> None:
+    def _stop(self, _number: int, _frame: object) -> None:
         self._stopping = True
 
     def _close(self) -> None:

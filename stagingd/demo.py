@@ -9,6 +9,7 @@ them and reads what they report.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -29,6 +30,7 @@ from stagingd import wire
 from stagingd.connection import Connection
 from stagingd.errors import DeadlineExceeded, StagingError
 from stagingd.record import Record
+from stagingd.segment import SHARED_MEMORY
 
 STAGE = "policy"
 DEADLINE_S = 240.0
@@ -89,7 +91,9 @@ def run(*, versions: int, trainers: int, console: Console) -> Outcome:
             play.stop()
         outcome = judge(play, rows, after_lease, status, time.monotonic() - started)
     console.print(table(rows))
-    console.print("[green]every check holds[/green]" if outcome.ok else f"[red]failed: {', '.join(outcome.failed)}[/red]")
+    console.print(
+        "[green]every check holds[/green]" if outcome.ok else f"[red]failed: {', '.join(outcome.failed)}[/red]"
+    )
     return outcome
 
 
@@ -210,26 +214,24 @@ class Play:
         self._wait("the daemon to end", lambda: self._running["daemon"].poll() is not None)
 
 
-def judge(
-    play: Play, rows: list[dict[str, Any]], held: int, status: wire.StageStatus, seconds: float
-) -> Outcome:
+def judge(play: Play, rows: list[dict[str, Any]], held: int, status: wire.StageStatus, seconds: float) -> Outcome:
     """Every check of the demo, by name."""
-    attached = json.loads((play.folder / "engine.json").read_text())
+    engine = json.loads((play.folder / "engine.json").read_text())
     trained = [play.rows(f"trainer-{rank}") for rank in range(play.trainers)]
     blocked = [row["publish_ms"] + row["fence_ms"] for rank in trained for row in rank]
     read = [size for row in rows for size in row["bytes_read_per_rank"]]
-    stage_bytes = attached[0]["bytes_of_stage"]
+    stage_bytes = engine["ranks"][0]["bytes_of_stage"]
     checks = {
         "every wanted version was read": len(rows) == play.versions,
         "every rank read the same version": all(row["same_version_on_all_ranks"] for row in rows),
-        "versions rise": all(a["version"] < b["version"] for a, b in zip(rows, rows[1:], strict=False)),
+        "versions rise": all(a["version"] < b["version"] for a, b in itertools.pairwise(rows)),
         "tokens and log-probabilities match": all(row["tokens_match"] for row in rows),
         "every version differs from the one before": all(row["differs_from_before"] for row in rows),
         "fp8 is bit-exact for all grids": all(all(row["fp8_bit_exact"].values()) for row in rows),
         "every rank read only its slice": bool(read) and max(read) < stage_bytes,
         "the trainer never waited for the engine": status.begins_kept_waiting == 0,
         "a version was published while an older one was being read": trained[0][-1]["version"] > held,
-        "no shared memory is left": not Path("/dev/shm", status.segment.lstrip("/")).exists(),
+        "no shared memory is left": not (SHARED_MEMORY / status.segment.lstrip("/")).exists(),
     }
     failed = tuple(name for name, holds in checks.items() if not holds)
     return Outcome(
@@ -239,9 +241,9 @@ def judge(
         version_numbers=tuple(row["version"] for row in rows),
         tensors=status.tensors,
         bytes_per_version=stage_bytes,
-        tensor_parallel=len(attached),
+        tensor_parallel=len(engine["ranks"]),
         trainers=play.trainers,
-        engine="vLLM " + attached[0]["vllm"],
+        engine=f"vLLM {engine['vllm']}",
         tokens_match=all(row["tokens_match"] for row in rows),
         fp8_bit_exact=all(all(row["fp8_bit_exact"].values()) for row in rows),
         bytes_read_per_rank=tuple(rows[-1]["bytes_read_per_rank"]) if rows else (),

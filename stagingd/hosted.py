@@ -53,7 +53,7 @@ class Question:
     """
 
     poll: Callable[[], wire.Answer | Waiting]
-    give_up: Callable[[str], None] = lambda reason: None
+    give_up: Callable[[str], None] = lambda _: None
 
 
 @dataclass
@@ -130,7 +130,7 @@ class HostedStage:
             newest = self.buffer.newest_sealed
             return wire.Declared(catalog=self.segment.catalog, segment=self.segment.name, newest=newest)
 
-        return Question(poll, lambda reason: self._forget_declaration(message.rank))
+        return Question(poll, lambda _: self._forget_declaration(message.rank))
 
     def _add_declaration(self, message: wire.Declare) -> None:
         try:
@@ -209,7 +209,7 @@ class HostedStage:
                 )
             return self.buffer.awaited_commits(message.version)
 
-        return Question(poll, lambda reason: self._abort(reason))
+        return Question(poll, self._abort)
 
     def _seal(self, segment: Segment) -> None:
         filling = self.buffer.filling

@@ -37,6 +37,7 @@ from stagingd.moments import StoredMoments, stored_bytes
 MAGIC: Final = b"STAGINGD"
 FORMAT: Final = 1
 PAGE: Final = mmap.PAGESIZE
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX segments, not a temporary folder
 _SUPERBLOCK: Final = struct.Struct("<8sIIQQQQI")
 """magic, format, daemon's pid, header bytes, catalog bytes, slot bytes, segment bytes, catalog's CRC-32"""
 
@@ -183,7 +184,7 @@ def open_existing(name: str, *, writable: bool) -> Segment:
 
 def check_room(stage: str, size: int, *, lock: bool) -> None:
     """Refuse a segment that cannot be had, before anything is allocated. Raises NotEnoughMemory."""
-    shm = os.statvfs("/dev/shm")
+    shm = os.statvfs(SHARED_MEMORY)
     limits = {
         "free in /dev/shm": (shm.f_bavail * shm.f_frsize, "enlarge /dev/shm (in a container: --shm-size)"),
         "of available memory": (psutil.virtual_memory().available, "use a machine with more memory"),

@@ -14,7 +14,9 @@ from stagingd.moments import ALL_GRIDS
 SHAPE = (10, 6)
 
 
-def declared(*boxes: Box, name: str = "w", dtype: str = "bfloat16", shape: tuple[int, ...] = SHAPE) -> TensorDeclaration:
+def declared(
+    *boxes: Box, name: str = "w", dtype: str = "bfloat16", shape: tuple[int, ...] = SHAPE
+) -> TensorDeclaration:
     return TensorDeclaration(name=name, dtype=dtype, shape=shape, boxes=boxes)
 
 
@@ -80,7 +82,7 @@ def test_replicas_are_spread_over_their_holders_by_bytes() -> None:
 
 def test_an_unknown_tensor_is_refused_with_the_nearest_names() -> None:
     catalog = build("policy", [[declared(whole(SHAPE), name="model.layers.0.mlp.up_proj.weight")]], ALL_GRIDS)
-    with pytest.raises(UnknownTensor, match="nearest names are model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(UnknownTensor, match=r"nearest names are model\.layers\.0\.mlp\.up_proj\.weight"):
         catalog.tensor("model.layers.0.mlp.upproj.weight")
 
 
@@ -90,7 +92,10 @@ def test_an_unknown_tensor_is_refused_with_the_nearest_names() -> None:
 )
 def test_tensors_and_moments_never_overlap_in_a_slot(tensors: list[tuple[list[int], str]], ranks: int) -> None:
     declarations = [
-        [declared(*_part(tuple(s), r, ranks), name=f"t{i}", dtype=d, shape=tuple(s)) for i, (s, d) in enumerate(tensors)]
+        [
+            declared(*_part(tuple(s), r, ranks), name=f"t{i}", dtype=d, shape=tuple(s))
+            for i, (s, d) in enumerate(tensors)
+        ]
         for r in range(ranks)
     ]
     catalog = build("policy", declarations, ALL_GRIDS)

@@ -2,11 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moments of shards, merged, against numpy in float64 on the whole tensor."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stagingd_client.moments import shard_moments
 
 from stagingd.boxes import Box, relative
 from stagingd.moments import (
@@ -18,7 +21,6 @@ from stagingd.moments import (
     elements_per_cell,
     merge_boxes,
 )
-from stagingd_client.moments import shard_moments
 
 SHAPES = [(1,), (5,), (300,), (1, 1), (7, 130), (130, 7), (256, 256), (259, 300), (3, 140, 20), (2, 3, 5, 129)]
 
@@ -64,7 +66,9 @@ cuts = st.lists(st.floats(0, 1), max_size=4)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(SHAPES), st.integers(0, 2**31), st.sampled_from([0.0, 1.0, -3.0]), cuts, st.sampled_from(ALL_GRIDS))
+@given(
+    st.sampled_from(SHAPES), st.integers(0, 2**31), st.sampled_from([0.0, 1.0, -3.0]), cuts, st.sampled_from(ALL_GRIDS)
+)
 def test_merged_moments_of_uneven_shards_are_those_of_the_whole(
     shape: tuple[int, ...], seed: int, mean: float, where: list[float], grid: Grid
 ) -> None:
@@ -72,7 +76,7 @@ def test_merged_moments_of_uneven_shards_are_those_of_the_whole(
     dim = seed % len(shape)
     edges = sorted({0, shape[dim], *(round(cut * shape[dim]) for cut in where)})
     parts = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         offsets, lengths = [0] * len(shape), list(shape)
         offsets[dim], lengths[dim] = start, stop - start
         box = Box(tuple(offsets), tuple(lengths))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def train(folder: Path, stage: Stage, model: torch.nn.Module, report: Path) -> N
     """Train and publish until told to stop. Per version one line of JSON says how long the trainer was held up."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    published, publication, line = 0, None, {}
+    published, publication = 0, None
+    line: dict[str, float] = {}
     for step in itertools.islice(itertools.count(1), STEP_LIMIT):
         tokens = torch.randint(0, model_config().vocab_size, (2, 32), generator=generator)
         model(input_ids=tokens, labels=tokens).loss.backward()
@@ -131,6 +133,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    os.nice(10)  # training fills every core that it gets; the engine shall have its share of two
     dist.init_process_group(
         "gloo", init_method=f"file://{given.folder}/rendezvous", rank=given.rank, world_size=given.ranks
     )

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from stagingd.boxes import Box, Shape
 from stagingd.moments import BLOCK, Grid
 
-PASS_ELEMENTS = 1 << 18
+PASS_ELEMENTS = 1 << 17
 """Values taken at once: with their fp32 intermediates they stay in a CPU core's second-level cache."""
 
 
@@ -91,7 +91,7 @@ def _flat(field: torch.Tensor) -> torch.Tensor:
 
 def _row_pieces(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
     rows = max(1, PASS_ELEMENTS // matrix.shape[1])
-    yield from matrix.split(rows)
+    yield from torch.split(matrix, rows)
 
 
 def _chunks(matrix: torch.Tensor, first_column: int) -> CellMoments:

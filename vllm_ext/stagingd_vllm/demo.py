@@ -94,7 +94,8 @@ def one_version(llm: LLM, folder: Path, wanted: int, before: int | None, outputs
     version = updates[0]["version"]
     exact = checked(llm.collective_rpc("stagingd_check_fp8", kwargs={"version": version}))
     checkpoint = wait_for(folder / f"checkpoint-{version}")
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoint)})
+    for source in (folder / "model", checkpoint):  # the first makes sure that the second has to load something
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(source)})
     loaded = generate(llm)
     row = {
         "version": version,
@@ -120,6 +121,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     wait_for(given.folder / "model")
+    import vllm
+
     llm = start_engine(given.folder)
     attached = checked(
         llm.collective_rpc(
@@ -134,7 +137,7 @@ def main() -> None:
         with report.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
     llm.collective_rpc("stagingd_detach")
-    (given.folder / "engine.json").write_text(json.dumps(attached))
+    (given.folder / "engine.json").write_text(json.dumps({"vllm": vllm.__version__, "ranks": attached}))
 
 
 if __name__ == "__main__":

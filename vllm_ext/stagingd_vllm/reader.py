@@ -25,7 +25,7 @@ from stagingd.boxes import Box, fits, intersect, relative, whole
 from stagingd.catalog import Catalog
 from stagingd.connection import Connection
 from stagingd.errors import BoxOutside, LeaseLost, OutOfOrder
-from stagingd.moments import Grid, Moments, cells_of, merge_boxes
+from stagingd.moments import Grid, Moments, StoredMoments, cells_of, merge_boxes
 
 
 class Reader:
@@ -134,7 +134,7 @@ class Lease:
         catalog: Catalog,
         version: int,
         memory: torch.Tensor,
-        stored: segment.StoredMoments,
+        stored: StoredMoments,
         until: float,
         release: Callable[[], None],
     ) -> None:

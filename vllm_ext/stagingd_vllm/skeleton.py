@@ -1,0 +1,127 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a live vLLM worker, traced on a second copy of its model that has no memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from vllm.config import CompilationMode, VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from stagingd.boxes import Shape
+from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan
+from stagingd_vllm.tracing import LoadWeights, trace_loader
+
+_CONSTRUCTOR_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def derive_plan(model: torch.nn.Module, vllm_config: VllmConfig, staged: Mapping[str, StagedTensor]) -> ReadPlan:
+    """The read plan of this worker for a stage.
+
+    Call it in the worker, after the model was loaded. The live model is looked at and never written.
+
+    Args:
+        model: the worker's live model.
+        vllm_config: the configuration that it was made from.
+        staged: every tensor of the stage by its Hugging Face name.
+
+    Raises:
+        PlanRefused: the stage does not fit the model, or the model is of a kind that is not understood.
+    """
+    _refuse_rearranged(model)
+    skeleton = _build_skeleton(vllm_config)
+    parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+    owners = _owners(model, parameters)
+    writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters)
+    # Under the owner's name: parameters that vLLM tied after loading are apart in the skeleton, and two tensors
+    # that claim the one live region are then noticed.
+    owned = [dataclasses.replace(write, parameter=owners[write.parameter]) for write in writes]
+    shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in parameters.items() if owners[name] == name}
+    aliases = {name: owner for name, owner in owners.items() if name != owner}
+    return make_plan(owned, staged, shapes, aliases)
+
+
+def _refuse_rearranged(model: torch.nn.Module) -> None:
+    """Refuses layers whose weights vLLM rearranges after loading, or derives further state from.
+
+    Such a layer can keep the shape of its parameters (packed or swapped experts), so that shapes alone do not
+    tell; what is allowed is therefore a list, and the list is short.
+    """
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        plain = type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+        derives = hasattr(module, "process_weights_after_loading") and type(module) is not Attention
+        if derives or (isinstance(method, QuantizeMethodBase) and not plain):
+            raise PlanRefused(
+                f"layer {name or 'model'} ({type(module).__name__}, {type(method).__name__}) keeps its weights "
+                "in a layout that is not known",
+                remedy="only unquantized linear layers, embeddings and norms can be written in place so far",
+                parameter=name,
+            )
+
+
+def _build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
+    """The same model for the same rank on the meta device, in the layout that its loader expects."""
+    config = copy.copy(vllm_config)
+    config.model_config = copy.deepcopy(vllm_config.model_config)
+    config.quant_config = None
+    # Layers register themselves here by name. A shared one would find every name taken, and a deep copy would
+    # copy the live layers with their caches.
+    config.compilation_config = copy.copy(vllm_config.compilation_config)
+    config.compilation_config.static_forward_context = {}
+    config.compilation_config.static_all_moe_layers = []
+    config.compilation_config.mode = CompilationMode.NONE
+    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+        try:
+            skeleton: torch.nn.Module = initialize_model(vllm_config=config)
+        except _CONSTRUCTOR_ERRORS as error:
+            raise PlanRefused(
+                f"the model cannot be built without memory: {type(error).__name__}: {error}",
+                remedy="its constructor computes with weights; load this model with vLLM's own loader",
+            ) from error
+    return skeleton
+
+
+def _owners(model: torch.nn.Module, skeleton: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For every parameter, the first one with the same memory in the live model: itself, unless it is tied.
+
+    Raises:
+        PlanRefused: live model and skeleton differ in a parameter's name, shape, stride or dtype, or the skeleton
+            ties what the live model does not.
+    """
+    live = dict(model.named_parameters(remove_duplicate=False))
+    for name in live.keys() ^ skeleton.keys():
+        raise _differs(name, "is in only one of them")
+    first: dict[tuple[object, ...], str] = {}
+    owners = {name: first.setdefault((p.data_ptr(), p.shape, p.stride()), name) for name, p in live.items()}
+    tied: dict[int, str] = {}
+    for name, parameter in skeleton.items():
+        expected, found = _geometry(parameter), _geometry(live[name])
+        if expected != found:
+            raise _differs(name, f"should be {expected} and is {found}")
+        partner = tied.setdefault(id(parameter), name)
+        if owners[name] != owners[partner]:
+            raise _differs(name, f"should share its memory with {partner}")
+    return owners
+
+
+def _geometry(tensor: torch.Tensor) -> tuple[Shape, Shape, torch.dtype]:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+
+
+def _differs(name: str, how: str) -> PlanRefused:
+    return PlanRefused(
+        f"parameter {name} of the live model is not as the model's loader expects it: it {how}",
+        remedy="the engine repacked, wrapped or quantized it after loading; such layers cannot be written in place",
+        parameter=name,
+    )

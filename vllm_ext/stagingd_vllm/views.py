@@ -1,0 +1,114 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Strided views, and the boxes that they address in a row-major tensor.
+
+A weight loader narrows, transposes and reshapes before it copies. All that is left of this in the
+end is an offset, a size and a stride on either side of the copy; here they become a box again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stagingd.boxes import Box, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Some elements of a tensor's memory: ``offset``, ``shape`` and ``stride``, all in elements.
+
+    The offset is counted from the tensor's first element.
+    """
+
+    offset: int
+    shape: Shape
+    stride: Shape
+
+    @property
+    def volume(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One dim of a copy: its size, and the steps that it takes in the source and in the target."""
+
+    size: int
+    source: int
+    target: int
+
+
+def row_major(shape: Sequence[int]) -> Shape:
+    """The strides of a contiguous tensor of this shape, in elements."""
+    return tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+
+
+def align(source: View, target: View, shape: Sequence[int]) -> tuple[Box, View] | None:
+    """The box that ``source`` addresses in a row-major tensor, and ``target`` with one dim per dim of that box.
+
+    ``source`` and ``target`` are the two sides of one copy and have the same shape; any order of dims, split or
+    merged dims and dims of size 1 are undone on both sides together.
+
+    Args:
+        source: a view of a contiguous tensor of ``shape``; it has elements.
+        target: a view of any other tensor, of the shape of ``source``.
+        shape: the global shape of the source tensor.
+
+    Returns:
+        The box, and the target view whose shape is ``box.lengths``; None when the source's elements are not a
+        box, or when the target cannot be addressed by one stride per dim of it.
+    """
+    offsets = _coordinates(source.offset, shape)
+    lengths, strides = [1] * len(shape), [1] * len(shape)
+    if any(step <= 0 for size, step in zip(source.shape, source.stride, strict=True) if size > 1):
+        return None
+    for axis in _merged(source, target):
+        if not _lay(axis, shape, offsets, lengths, strides):
+            return None
+    return Box(offsets, tuple(lengths)), View(target.offset, tuple(lengths), tuple(strides))
+
+
+def box_of(view: View, shape: Sequence[int]) -> Box | None:
+    """The box that a view addresses in a row-major tensor of this shape, or None when it is not one."""
+    aligned = align(view, view, shape)
+    return aligned[0] if aligned else None
+
+
+def _coordinates(offset: int, shape: Sequence[int]) -> Shape:
+    steps = row_major(shape)
+    return tuple(offset // step % size for step, size in zip(steps, shape, strict=True))
+
+
+def _merged(source: View, target: View) -> list[_Axis]:
+    """The dims that move, slowest first; those that are one run on both sides are made one."""
+    dims = zip(source.shape, source.stride, target.stride, strict=True)
+    axes: list[_Axis] = []
+    for axis in sorted((_Axis(*dim) for dim in dims if dim[0] > 1), key=lambda axis: -axis.source):
+        last = axes[-1] if axes else None
+        if last and (last.source, last.target) == (axis.size * axis.source, axis.size * axis.target):
+            axes[-1] = _Axis(last.size * axis.size, axis.source, axis.target)
+        else:
+            axes.append(axis)
+    return axes
+
+
+def _lay(axis: _Axis, shape: Sequence[int], offsets: Shape, lengths: list[int], strides: list[int]) -> bool:
+    """Writes the lengths and target strides of the dims that ``axis`` runs through; False when it does not fit."""
+    steps = row_major(shape)
+    size, target = axis.size, axis.target
+    at = max((d for d in range(len(shape)) if shape[d] > 1 and steps[d] == axis.source), default=-1)
+    for d in range(at, -1, -1):
+        if shape[d] == 1:
+            continue
+        if lengths[d] > 1:
+            return False
+        lengths[d], strides[d] = min(size, shape[d]), target
+        if offsets[d] + size <= shape[d]:
+            return True
+        if offsets[d] or size % shape[d]:
+            return False
+        size, target = size // shape[d], target * shape[d]
+    return False
