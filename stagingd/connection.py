@@ -45,8 +45,8 @@ class Connection:
         _check_trusted(self.path)
         _check_listening(self.path)
         self._lock = threading.Lock()
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        # The process's one context: a context that is collected with a socket still open would never end.
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(f"ipc://{self.path}")
@@ -59,7 +59,7 @@ class Connection:
             welcome = self.request(hello, wire.Welcome)
             self._daemon = Process(welcome.pid)
         except (DaemonUnreachable, PeerDied):
-            self._context.destroy(linger=0)
+            self._socket.close(linger=0)
             raise
         self._poller.register(self._daemon.fd, zmq.POLLIN)
         self.event_socket = welcome.events
@@ -124,7 +124,7 @@ class Connection:
         finally:
             if self._daemon is not None:
                 self._daemon.close()
-            self._context.destroy(linger=0)
+            self._socket.close(linger=0)
 
     def __enter__(self) -> Connection:
         return self

@@ -18,11 +18,12 @@ class Publication:
 
     Attributes:
         version: the trainer's step number.
-        timeout_s: the longest that any of its waits takes, in seconds.
+        deadline_s: the longest that ``wait`` takes, in seconds: longer than the daemon's own deadlines, whose
+            errors say more.
     """
 
     version: int
-    timeout_s: float
+    deadline_s: float
     _slot: Future[int]
     _copies: list[Future[None]] = field(default_factory=list)
     _sealed: Future[None] | None = None
@@ -56,10 +57,10 @@ class Publication:
     def _result(self, future: Future[None], what: str) -> None:
         seen, self._seen = self._seen, True
         try:
-            future.result(self.timeout_s)
+            future.result(self.deadline_s)
         except FutureTimeout as error:
             raise DeadlineExceeded(
-                f"version {self.version} was not {what} within {self.timeout_s} s",
+                f"version {self.version} was not {what} within {self.deadline_s} s",
                 remedy="look at what the daemon waits for (stagingd status), or allow more time",
                 version=self.version,
             ) from error

@@ -33,7 +33,7 @@ from stagingd import segment, wire
 from stagingd.boxes import Box, intersect, relative
 from stagingd.buffer import Policy
 from stagingd.catalog import Catalog, OwnedBox, TensorDeclaration
-from stagingd.connection import Connection
+from stagingd.connection import ANSWER_S, Connection
 from stagingd.errors import (
     CatalogMismatch,
     CommitIncomplete,
@@ -222,7 +222,9 @@ class Stage:
                 version=version,
                 rank=self.rank,
             )
-        self._current = Publication(version, self.timeout_s, self._background.submit(self._request_slot, version))
+        # A slot, the copies, all ranks' commits: each may take its time, one after the other.
+        deadline_s = 3 * (self.timeout_s + ANSWER_S)
+        self._current = Publication(version, deadline_s, self._background.submit(self._request_slot, version))
 
     def _request_slot(self, version: int) -> int:
         request = wire.Begin(stage=self.name, rank=self.rank, version=version, timeout_s=self.timeout_s)
@@ -348,7 +350,7 @@ class Stage:
         if self._current is None:
             return
         version, self._current = self._current.version, None
-        self._background.submit(self._send_abort, version, reason).result(self.timeout_s)
+        self._background.submit(self._send_abort, version, reason).result(3 * (self.timeout_s + ANSWER_S))
 
     def _send_abort(self, version: int, reason: str) -> None:
         request = wire.Abort(stage=self.name, rank=self.rank, version=version, reason=reason[:2000])
