@@ -46,7 +46,7 @@ class Connection:
         _check_listening(self.path)
         self._lock = threading.Lock()
         # The process's one context: a context that is collected with a socket still open would never end.
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
         self._socket.connect(f"ipc://{self.path}")

@@ -219,7 +219,6 @@ def judge(play: Play, rows: list[dict[str, Any]], held: int, status: wire.StageS
     engine = json.loads((play.folder / "engine.json").read_text())
     trained = [play.rows(f"trainer-{rank}") for rank in range(play.trainers)]
     blocked = [row["publish_ms"] + row["fence_ms"] for rank in trained for row in rank]
-    read = [size for row in rows for size in row["bytes_read_per_rank"]]
     stage_bytes = engine["ranks"][0]["bytes_of_stage"]
     checks = {
         "every wanted version was read": len(rows) == play.versions,
@@ -228,7 +227,7 @@ def judge(play: Play, rows: list[dict[str, Any]], held: int, status: wire.StageS
         "tokens and log-probabilities match": all(row["tokens_match"] for row in rows),
         "every version differs from the one before": all(row["differs_from_before"] for row in rows),
         "fp8 is bit-exact for all grids": all(all(row["fp8_bit_exact"].values()) for row in rows),
-        "every rank read only its slice": bool(read) and max(read) < stage_bytes,
+        "every rank read only its slice": planned_reads(rows, engine["ranks"], stage_bytes),
         "the trainer never waited for the engine": status.begins_kept_waiting == 0,
         "a version was published while an older one was being read": trained[0][-1]["version"] > held,
         "no shared memory is left": not (SHARED_MEMORY / status.segment.lstrip("/")).exists(),
@@ -253,6 +252,13 @@ def judge(play: Play, rows: list[dict[str, Any]], held: int, status: wire.StageS
         begins_kept_waiting=status.begins_kept_waiting,
         seconds=seconds,
     )
+
+
+def planned_reads(rows: list[dict[str, Any]], ranks: list[dict[str, Any]], stage_bytes: int) -> bool:
+    """Whether every rank read what its plan says and nothing else: its share, and a little that all ranks hold."""
+    planned = [rank["bytes_per_update"] for rank in ranks]
+    share = 1.1 * stage_bytes / len(ranks)
+    return max(planned) < share and all(row["bytes_read_per_rank"] == planned for row in rows)
 
 
 def progress_bar(console: Console) -> Progress:

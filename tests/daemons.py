@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -52,13 +51,13 @@ class RunningDaemon:
         return self.process.wait(DEADLINE_S)
 
 
-def start(folder: Path, *options: str, **environment: str) -> RunningDaemon:
-    """Start a daemon and wait until it serves."""
+def start(folder: Path, *options: str, prefix: str | None = None) -> RunningDaemon:
+    """Start a daemon and wait until it serves; its segments' names start with a prefix of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"/stagingd-test-{uuid.uuid4().hex[:12]}-"
+    prefix = prefix or f"/stagingd-test-{uuid.uuid4().hex[:12]}-"
     command = [sys.executable, "-m", "stagingd", "serve", "--runtime-dir", str(folder), "--segment-prefix", prefix]
     with (folder / "daemon.log").open("wb") as log:
-        process = subprocess.Popen([*command, "--no-lock-memory", *options], stderr=log, env=os.environ | environment)
+        process = subprocess.Popen([*command, "--no-lock-memory", *options], stderr=log)
     daemon = RunningDaemon(folder, prefix, process)
     until = time.monotonic() + DEADLINE_S
     while True:

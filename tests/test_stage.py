@@ -9,14 +9,14 @@ import pytest
 import torch
 import zmq
 from daemons import RunningDaemon
+from stagingd_client import LocalShard, Publication, Stage
+from stagingd_vllm import Reader
 
 from stagingd import wire
 from stagingd.boxes import Box
 from stagingd.connection import Connection
 from stagingd.errors import CatalogMismatch, DeadlineExceeded, OutOfOrder, RankTaken, StagingError, VersionAborted
 from stagingd.moments import Grid
-from stagingd_client import LocalShard, Publication, Stage
-from stagingd_vllm import Reader
 
 SHAPE = (37, 300)
 
@@ -98,7 +98,10 @@ def test_two_ranks_put_columns_and_a_reader_sees_one_tensor(daemon: RunningDaemo
         stage.put("matrix", shard.tensor, global_shape=shard.global_shape, offset=shard.offset)
     for publication in [stage.commit() for stage in ranks]:
         publication.wait()
-    with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader, reader.lease() as lease:
+    with (
+        Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader,
+        reader.lease() as lease,
+    ):
         full = weights(3)["matrix"].bfloat16()
         assert torch.equal(lease.read("matrix"), full)
         amax = full.abs().float()

@@ -91,9 +91,10 @@ def _distributed(name: str, tensor: DTensor) -> Held | None:
     _check_placements(name, tensor)
     with torch.no_grad():
         values = tensor.to_local()
-    if tensor.device_mesh.get_coordinate() is None or not values.numel():
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None or not values.numel():
         return None
-    box = _box(shape, tensor.device_mesh, tensor.placements)
+    box = _box(shape, tensor.device_mesh, tuple(coordinate), tensor.placements)
     if box.lengths != tuple(values.shape) or not fits(box, shape):
         raise WrongShape(
             f"torch places the local shard of tensor {name!r}, of shape {tuple(values.shape)}, at box {box}",
@@ -105,7 +106,12 @@ def _distributed(name: str, tensor: DTensor) -> Held | None:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _box(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Box:
+def _box(
+    shape: tuple[int, ...],
+    mesh: DeviceMesh,
+    coordinate: tuple[int, ...],  # noqa: ARG001 - meshes are equal on all ranks; this says which rank it is
+    placements: tuple[Placement, ...],
+) -> Box:
     """The box of this rank's local shard. Torch needs a quarter of a millisecond to say so, and it never changes."""
     lengths, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
     return Box(tuple(offsets), tuple(lengths))
