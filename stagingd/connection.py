@@ -81,7 +81,7 @@ class Connection:
                 raise DaemonUnreachable("this connection is closed", remedy="open a new one")
             self._requests += 1
             request_id = struct.pack("<Q", self._requests)
-            self._send([request_id, wire.encode(message)])
+            self._send([request_id, wire.encode(message)], message.kind)
             got = wire.decode_answer(self._receive(request_id, message.kind, timeout_s + ANSWER_S))
         if isinstance(got, wire.Refusal):
             raise wire.refused(got)
@@ -89,23 +89,27 @@ class Connection:
             raise InternalError(f"the daemon answers {message.kind} with {got.kind}", remedy="report this")
         return got
 
-    def _send(self, frames: list[bytes]) -> None:
-        if not self._socket.poll(int(ANSWER_S * 1000), zmq.POLLOUT):
-            raise self._unreachable(f"does not take messages within {ANSWER_S} s")
+    def _send(self, frames: list[bytes], kind: str) -> None:
+        self._poller.modify(self._socket, zmq.POLLOUT)
+        self._await(time.monotonic() + ANSWER_S, f"took {kind}")
         self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _receive(self, request_id: bytes, kind: str, timeout_s: float) -> bytes:
+        self._poller.modify(self._socket, zmq.POLLIN)
         deadline = time.monotonic() + timeout_s
         while True:
-            ready = dict(self._poller.poll(max(0, int((deadline - time.monotonic()) * 1000))))
-            if self._socket in ready:
-                got_id, body = self._socket.recv_multipart(zmq.NOBLOCK)
-                if got_id == request_id:  # not the late answer to a request that was given up
-                    return body
-            elif ready:
-                raise self._unreachable(f"died before it answered {kind}")
-            elif time.monotonic() >= deadline:
-                raise self._unreachable(f"did not answer {kind} within {timeout_s:.1f} s")
+            self._await(deadline, f"answered {kind}")
+            got_id, body = self._socket.recv_multipart(zmq.NOBLOCK)
+            if got_id == request_id:  # not the late answer to a request that was given up
+                return body
+
+    def _await(self, deadline: float, what: str) -> None:
+        """Wait until the socket is ready, the daemon dies, or the time is over."""
+        left = max(0.0, deadline - time.monotonic())
+        ready = dict(self._poller.poll(int(left * 1000)))
+        if self._socket in ready:
+            return
+        raise self._unreachable(f"died before it {what}" if ready else f"has not {what} within {left:.1f} s")
 
     def _unreachable(self, what: str) -> DaemonUnreachable:
         who = f"the daemon (pid {self._daemon.pid}) " if self._daemon is not None else "the daemon "

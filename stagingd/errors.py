@@ -29,7 +29,7 @@ class StagingError(Exception):
     code: ClassVar[str] = "staging_error"
 
     def __init__(self, what: str, *, remedy: str, **context: Context) -> None:
-        super().__init__(f"{what}. {remedy}.")
+        super().__init__(f"{what}. {remedy[:1].upper()}{remedy[1:]}.")
         self.what = what
         self.remedy = remedy
         self.context = context

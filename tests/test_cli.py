@@ -52,7 +52,7 @@ def test_no_daemon_is_one_line_and_status_1(tmp_path: Path) -> None:
     shown = stagingd("status", "--runtime-dir", str(tmp_path))
     assert shown.returncode == 1
     assert shown.stderr.count("\n") == 1
-    assert "start the daemon (stagingd serve)" in shown.stderr
+    assert "Start the daemon (stagingd serve)" in shown.stderr
 
 
 def test_a_wrong_setting_is_named(tmp_path: Path) -> None:

@@ -344,7 +344,7 @@ def a_worker_that(refuses: StagingError | None) -> Answer:
 
 def test_what_a_worker_refuses_is_raised_by_the_caller_as_the_same_type() -> None:
     refusal = PlanRefused("tensor x is odd", remedy="leave it", tensor="x", box=Box((0,), (2,)))
-    with pytest.raises(PlanRefused, match=r"tensor x is odd\. leave it\.") as raised:
+    with pytest.raises(PlanRefused, match=r"tensor x is odd\. Leave it\.") as raised:
         checked([a_worker_that(None), a_worker_that(refusal)])
     assert raised.value.context == {"tensor": "x", "box": "[0:2]"}
 

@@ -295,6 +295,8 @@ def test_a_socket_that_a_dead_daemon_left(tmp_path: Path) -> None:
 def test_a_daemon_that_dies_is_noticed_by_who_waits_for_it(own_daemon: RunningDaemon, stage_name: str) -> None:
     with Stage.open(stage_name, rank=0, ranks=2, socket=own_daemon.socket, timeout_s=60.0) as stage:
         waiting = stage._background.submit(stage.declare, part(0, 4))
+        while not own_daemon.picture():
+            continue
         own_daemon.process.kill()
         with pytest.raises(DaemonUnreachable, match="died before it answered declare"):
             waiting.result(20)

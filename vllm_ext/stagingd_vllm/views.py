@@ -33,8 +33,8 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class _Axis:
-    """One dim of a copy: its size, and the steps that it takes in the source and in the target."""
+class _Run:
+    """One or more dims of a copy that are traversed with one stride: their size, and the steps that they take in the source and in the target."""
 
     size: int
     source: int
@@ -65,8 +65,8 @@ def align(source: View, target: View, shape: Sequence[int]) -> tuple[Box, View] 
     lengths, strides = [1] * len(shape), [1] * len(shape)
     if any(step <= 0 for size, step in zip(source.shape, source.stride, strict=True) if size > 1):
         return None
-    for axis in _merged(source, target):
-        if not _lay(axis, shape, offsets, lengths, strides):
+    for run in _merged(source, target):
+        if not _lay(run, shape, offsets, lengths, strides):
             return None
     return Box(offsets, tuple(lengths)), View(target.offset, tuple(lengths), tuple(strides))
 
@@ -82,24 +82,24 @@ def _coordinates(offset: int, shape: Sequence[int]) -> Shape:
     return tuple(offset // step % size for step, size in zip(steps, shape, strict=True))
 
 
-def _merged(source: View, target: View) -> list[_Axis]:
-    """The dims that move, slowest first; those that are one run on both sides are made one."""
+def _merged(source: View, target: View) -> list[_Run]:
+    """The dims that move, slowest first; those that follow each other on both sides are made one."""
     dims = zip(source.shape, source.stride, target.stride, strict=True)
-    axes: list[_Axis] = []
-    for axis in sorted((_Axis(*dim) for dim in dims if dim[0] > 1), key=lambda axis: -axis.source):
-        last = axes[-1] if axes else None
-        if last and (last.source, last.target) == (axis.size * axis.source, axis.size * axis.target):
-            axes[-1] = _Axis(last.size * axis.size, axis.source, axis.target)
+    runs: list[_Run] = []
+    for run in sorted((_Run(*dim) for dim in dims if dim[0] > 1), key=lambda run: -run.source):
+        last = runs[-1] if runs else None
+        if last and (last.source, last.target) == (run.size * run.source, run.size * run.target):
+            runs[-1] = _Run(last.size * run.size, run.source, run.target)
         else:
-            axes.append(axis)
-    return axes
+            runs.append(run)
+    return runs
 
 
-def _lay(axis: _Axis, shape: Sequence[int], offsets: Shape, lengths: list[int], strides: list[int]) -> bool:
-    """Writes the lengths and target strides of the dims that ``axis`` runs through; False when it does not fit."""
+def _lay(run: _Run, shape: Sequence[int], offsets: Shape, lengths: list[int], strides: list[int]) -> bool:
+    """Writes the lengths and target strides of the dims that ``run`` runs through; False when it does not fit."""
     steps = row_major(shape)
-    size, target = axis.size, axis.target
-    at = max((d for d in range(len(shape)) if shape[d] > 1 and steps[d] == axis.source), default=-1)
+    size, target = run.size, run.target
+    at = max((d for d in range(len(shape)) if shape[d] > 1 and steps[d] == run.source), default=-1)
     for d in range(at, -1, -1):
         if shape[d] == 1:
             continue
