@@ -33,6 +33,9 @@ from stagingd.segment import Segment
 
 log = structlog.get_logger()
 
+WARNED_PEERS = 1024
+"""How many peers are remembered whose refused messages have been logged."""
+
 
 @dataclass(frozen=True)
 class Outgoing:
@@ -77,6 +80,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self._started = self.clock()
+        self._warned: dict[bytes, None] = {}
 
     # Requests
 
@@ -94,9 +98,14 @@ class Service:
         yield from self._settle()
 
     def _count_refusal(self, identity: bytes, error: StagingError) -> None:
+        """Count it, and log the first of each peer: one that sends nothing else must not fill the disk."""
         self.refused_messages += 1
-        session = self.sessions.get(identity)
-        log.warning("message_refused", peer=str(session or identity.hex()), code=error.code, what=error.what)
+        if identity not in self._warned:
+            session = self.sessions.get(identity)
+            log.warning("message_refused", peer=str(session or identity.hex()), code=error.code, what=error.what)
+            self._warned[identity] = None
+            for oldest in list(self._warned)[:-WARNED_PEERS]:
+                del self._warned[oldest]
 
     def _dispatch(self, identity: bytes, request_id: bytes, request: wire.Request) -> wire.Answer | None:
         """The answer, or None when it has to wait."""
@@ -234,10 +243,13 @@ class Service:
         if session is None:
             return
         self.pending = [pending for pending in self.pending if pending.session is not session]
-        for name, stage in list(self.stages.items()):
+        for stage in self.stages.values():
             stage.session_gone(session, how)
-            if stage.deserted:
-                del self.stages[name]
+        self._forget_deserted()
+
+    def _forget_deserted(self) -> None:
+        for name in [name for name, stage in self.stages.items() if stage.deserted]:
+            del self.stages[name]
 
     def settle(self) -> Iterator[Outgoing]:
         """The answers that have become possible; call it after ``session_gone`` and when a deadline passes."""
@@ -249,6 +261,7 @@ class Service:
             self.pending.remove(pending)
             error = overdue(pending, now)
             pending.question.give_up(error.what)
+            self._forget_deserted()
             yield self._outgoing(pending, wire.refusal(error))
         yield from self._settle()
 

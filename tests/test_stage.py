@@ -185,6 +185,7 @@ def test_waiting_for_ranks_that_never_declare_ends_and_names_them(daemon: Runnin
     with open_stage(daemon, stage_name, ranks=3, timeout_s=0.2) as stage:
         with pytest.raises(DeadlineExceeded, match="trainer rank 1, trainer rank 2"):
             stage.declare(weights(0))
+        assert stage_name not in {stage.stage for stage in daemon.status().stages}
 
 
 def test_waiting_for_a_stage_that_nobody_declares_ends(daemon: RunningDaemon, stage_name: str) -> None:

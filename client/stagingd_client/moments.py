@@ -75,7 +75,8 @@ def shard_moments(values: torch.Tensor, box: Box, grids: Sequence[Grid]) -> dict
     columns = box.lengths[-1] if box.lengths else 1
     first_column = box.offsets[-1] if box.offsets else 0
     pieces = [_chunks(piece, first_column) for piece in _row_pieces(values.reshape(-1, columns))]
-    base = CellMoments(*(torch.cat(fields) for fields in zip(*(piece.fields for piece in pieces), strict=True)))
+    count, mean, m2, amax, nonfinite = map(torch.cat, zip(*(piece.fields for piece in pieces), strict=True))
+    base = CellMoments(count.double(), mean.double(), m2.double(), amax, nonfinite)
     rows = base.pooled(1)
     pooled = {
         Grid.TENSOR: lambda: rows.pooled(0).map(_flat),
@@ -100,28 +101,43 @@ def _chunks(matrix: torch.Tensor, first_column: int) -> CellMoments:
     left = first_column % BLOCK
     blocks = -(-(left + columns) // BLOCK)
     padding = (left, blocks * BLOCK - left - columns)
-    x = matrix.float()
-    x = (F.pad(x, padding) if any(padding) else x).view(rows, blocks, BLOCK)
+    padded = (F.pad(matrix, padding) if any(padding) else matrix).reshape(rows, blocks, BLOCK)
     inside = None
     if any(padding):
-        inside = F.pad(torch.ones(columns, device=x.device), padding).view(1, blocks, BLOCK)
-    amax = x.abs().amax(-1)
-    nonfinite = torch.zeros(rows, blocks, dtype=torch.int64, device=x.device)
+        inside = F.pad(torch.ones(columns, device=matrix.device), padding).view(1, blocks, BLOCK)
+    amax = _amax(padded)
+    nonfinite = torch.zeros(rows, blocks, dtype=torch.int64, device=matrix.device)
     if not bool(amax.isfinite().all()):
-        finite = x.isfinite()
+        finite = padded.isfinite()
         nonfinite = (~finite).sum(-1)
-        x = torch.where(finite, x, 0.0)
-        amax = x.abs().amax(-1)
+        padded = torch.where(finite, padded, 0)
+        amax = _amax(padded)
         inside = finite.float() if inside is None else finite * inside
-    count = torch.full((rows, blocks), float(BLOCK), device=x.device)
+    count = torch.full((rows, blocks), float(BLOCK), device=matrix.device)
     if inside is not None:
         count = inside.sum(-1).expand(rows, blocks)
+    mean, m2 = _mean_and_m2(padded.to(torch.float32, copy=True), count, inside)
+    return CellMoments(count, mean, m2, amax, nonfinite)
+
+
+def _amax(values: torch.Tensor) -> torch.Tensor:
+    """The greatest magnitude along the last dim, float32; not finite where one of the values is not."""
+    if values.dtype != torch.bfloat16:
+        return values.float().abs().amax(-1)
+    # Without their sign the bits of floating-point numbers are in the numbers' order, NaN last; and unlike
+    # those of bfloat16 the maxima of integers are vectorized on CPUs.
+    return (values.view(torch.int16) & 0x7FFF).amax(-1).view(torch.bfloat16).float()
+
+
+def _mean_and_m2(
+    x: torch.Tensor, count: torch.Tensor, inside: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and M2 along the last dim, float32. Overwrites ``x``, so that it stays in the cache."""
     mean = x.sum(-1) / count.clamp_min(1)
-    deviation = x - mean.unsqueeze(-1)
+    x -= mean.unsqueeze(-1)
     if inside is not None:
-        deviation = deviation * inside
-    m2 = torch.linalg.vecdot(deviation, deviation)
-    return CellMoments(count.double(), mean.double(), m2.double(), amax, nonfinite)
+        x *= inside
+    return mean, x.mul_(x).sum(-1)
 
 
 def _blocks(base: CellMoments, box: Box) -> CellMoments:

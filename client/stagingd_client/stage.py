@@ -20,7 +20,7 @@ next ``begin``. The version is lost then, and nothing else: go on with the next 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,35 +30,21 @@ import torch.distributed as dist
 from torch import nn
 
 from stagingd import segment, wire
-from stagingd.boxes import Box, intersect, relative
+from stagingd.boxes import intersect, relative
 from stagingd.buffer import Policy
-from stagingd.catalog import Catalog, OwnedBox, TensorDeclaration
+from stagingd.catalog import Catalog, OwnedBox
 from stagingd.connection import ANSWER_S, Connection
 from stagingd.errors import (
     CatalogMismatch,
-    CommitIncomplete,
     OutOfOrder,
     StagingError,
-    UnknownTensor,
     VersionNotRising,
-    WrongDtype,
-    WrongShape,
 )
 from stagingd.moments import ALL_GRIDS, Grid
 from stagingd_client.flush import Flusher
-from stagingd_client.placement import Held, LocalShard, held, named_tensors
+from stagingd_client.holdings import Holdings, Shards
+from stagingd_client.placement import Held, LocalShard, named_tensors
 from stagingd_client.publication import Publication
-
-Shards = torch.Tensor | LocalShard | Sequence[LocalShard]
-
-
-@dataclass(frozen=True)
-class _Declared:
-    """What this rank said of a tensor: the trainer's dtype, the global shape, and the boxes it holds."""
-
-    source_dtype: torch.dtype
-    shape: tuple[int, ...]
-    boxes: frozenset[Box]
 
 
 class Stage:
@@ -74,7 +60,7 @@ class Stage:
         self._options = options
         self._connection = connection
         self._dtype: torch.dtype | None = None
-        self._declared: dict[str, _Declared] = {}
+        self._holdings: Holdings | None = None
         self._owned: dict[str, list[OwnedBox]] = {}
         self._boxes_owned = 0
         self._segment: segment.Segment | None = None
@@ -156,31 +142,18 @@ class Stage:
             named = list(named_tensors(tensors))
             keep_dtype = {entry.name for entry in named if not entry.cast}
             tensors = {entry.name: entry.tensor for entry in named}
-        keep = frozenset(keep_dtype)
-        declarations = [self._declare_one(name, shards, name in keep) for name, shards in tensors.items()]
+        self._holdings = Holdings(self.rank, tensors)
         request = wire.Declare(
             stage=self.name,
             rank=self.rank,
             ranks=self.ranks,
             options=self._options,
-            tensors=tuple(declarations),
+            tensors=self._holdings.declarations(self._dtype, frozenset(keep_dtype)),
             timeout_s=self.timeout_s,
         )
         answer = self._connection.request(request, wire.Declared, timeout_s=self.timeout_s)
         self._adopt(answer)
         return self.catalog
-
-    def _declare_one(self, name: str, shards: Shards, keep_dtype: bool) -> TensorDeclaration:
-        several = list(shards) if isinstance(shards, Sequence) else [shards]
-        parts = [held(name, shard) for shard in several]
-        source = _plain(several[0])
-        shape = next((part.global_shape for part in parts if part is not None), None) or _global_shape(several[0])
-        dtype = source.dtype
-        if self._dtype is not None and dtype.is_floating_point and not keep_dtype:
-            dtype = self._dtype
-        boxes = tuple(part.box for part in parts if part is not None)
-        self._declared[name] = _Declared(source.dtype, shape, frozenset(boxes))
-        return TensorDeclaration(name=name, dtype=str(dtype).removeprefix("torch."), shape=shape, boxes=boxes)
 
     def _adopt(self, answer: wire.Declared) -> None:
         self._segment = segment.open_existing(answer.segment, writable=True)
@@ -252,11 +225,9 @@ class Stage:
         publication = self._begun(f"put of tensor {name!r}")
         if isinstance(shard, torch.Tensor) and (global_shape is not None or offset is not None):
             shard = LocalShard(shard, global_shape, offset)
-        declared = self._check_declared(name, _plain(shard).dtype)
-        part = held(name, shard)
+        part = self._ready().holdings.checked(self.catalog, name, shard)
         if part is None:
             return
-        self._check_box(name, declared, part)
         if (name, part.box) in publication._put:
             raise OutOfOrder(
                 f"box {part.box} of tensor {name!r} is put twice for version {publication.version}",
@@ -267,37 +238,6 @@ class Stage:
             )
         publication._put.add((name, part.box))
         publication._copies.append(self._background.submit(self._copy, publication, name, part))
-
-    def _check_declared(self, name: str, dtype: torch.dtype) -> _Declared:
-        self.catalog.tensor(name)  # raises UnknownTensor with the nearest names
-        declared = self._declared.get(name)
-        if declared is None:
-            raise UnknownTensor(
-                f"rank {self.rank} puts tensor {name!r}, which only other ranks declared",
-                remedy="declare it on this rank too",
-                tensor=name,
-                rank=self.rank,
-            )
-        if dtype != declared.source_dtype:
-            raise WrongDtype(
-                f"tensor {name!r} is put as {dtype}, but was declared as {declared.source_dtype}",
-                remedy="put the tensor that was declared",
-                tensor=name,
-                rank=self.rank,
-            )
-        return declared
-
-    def _check_box(self, name: str, declared: _Declared, part: Held) -> None:
-        if part.global_shape != declared.shape or part.box not in declared.boxes:
-            boxes = ", ".join(map(str, sorted(declared.boxes))) or "none"
-            raise WrongShape(
-                f"tensor {name!r} is put as box {part.box} of {part.global_shape}, "
-                f"but rank {self.rank} declared {boxes} of {declared.shape}",
-                remedy="put the shards that were declared; check global_shape and offset",
-                tensor=name,
-                box=part.box,
-                rank=self.rank,
-            )
 
     def _copy(self, publication: Publication, name: str, part: Held) -> None:
         slot = publication._slot.result(0)  # queued before: done; raises what the begin raised
@@ -314,17 +254,7 @@ class Stage:
             CommitIncomplete: a shard that this rank declared has not been put; the message names it.
         """
         publication = self._begun("commit")
-        for name, declared in self._declared.items():
-            for box in declared.boxes:
-                if (name, box) not in publication._put:
-                    raise CommitIncomplete(
-                        f"rank {self.rank} commits version {publication.version} without box {box} of tensor {name!r}",
-                        remedy="put every tensor that the rank declared, or abort",
-                        tensor=name,
-                        box=box,
-                        version=publication.version,
-                        rank=self.rank,
-                    )
+        self._ready().holdings.check_complete(publication.version, publication._put)
         publication._sealed = self._background.submit(self._commit, publication)
         self._current, self._last = None, publication
         return publication
@@ -408,11 +338,11 @@ class Stage:
         return self._current
 
     def _ready(self) -> _Ready:
-        if self._segment is None or self._flusher is None:
+        if self._segment is None or self._flusher is None or self._holdings is None:
             raise OutOfOrder(
                 f"stage {self.name!r} is not declared, or closed", remedy="call declare first", stage=self.name
             )
-        return _Ready(self._segment, self._flusher)
+        return _Ready(self._segment, self._flusher, self._holdings)
 
 
 @dataclass(frozen=True)
@@ -421,13 +351,4 @@ class _Ready:
 
     segment: segment.Segment
     flusher: Flusher
-
-
-def _plain(shard: torch.Tensor | LocalShard) -> torch.Tensor:
-    return shard.tensor if isinstance(shard, LocalShard) else shard
-
-
-def _global_shape(shard: torch.Tensor | LocalShard) -> tuple[int, ...]:
-    if isinstance(shard, LocalShard) and shard.global_shape is not None:
-        return tuple(shard.global_shape)
-    return tuple(_plain(shard).shape)
+    holdings: Holdings

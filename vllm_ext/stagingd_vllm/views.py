@@ -34,7 +34,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One or more dims of a copy that are traversed with one stride: their size, and the steps that they take in the source and in the target."""
+    """Dims of a copy that one stride traverses: their size, and the step in the source and in the target."""
 
     size: int
     source: int
