@@ -11,11 +11,8 @@ each round, so that whatever else the machine does meets both; all processes tak
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
-import math
-import mmap
+import json
 import multiprocessing
 import os
 import shutil
@@ -25,318 +22,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from enum import StrEnum
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Annotated
 
 import posix_ipc
 import psutil
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from stagingd_client import LocalShard, Stage
-from stagingd_client.moments import shard_moments
-from stagingd_vllm.reader import Reader
 
+from benchmarks.host_case import DEADLINE_S, WARM_UP, BenchmarkFailed, Case, Seconds, Spans, Step, model_shapes
+from benchmarks.host_ranks import ROLES, Place, work
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
-from stagingd.boxes import Box, Shape
 from stagingd.errors import DeadlineExceeded, StagingError
-from stagingd.moments import ALL_GRIDS, Grid
 from stagingd.segment import SHARED_MEMORY
 
-DEADLINE_S = 300.0
-"""The longest that anything waits for one round or for the start of all processes, in seconds."""
 ENDING_S = 10.0
 """How long a process that is asked to end may take before it is killed, in seconds."""
-ITEM_BYTES = 2
-"""Of bfloat16."""
-WARM_UP = 2
-"""Rounds before the timed ones: the two slots' pages are mapped by the first version that each takes."""
 FIXED_COST_ROUNDS = 200
-
-
-class BenchmarkFailed(StagingError):
-    """A part of the benchmark ended before its time, or what was read is not what was put."""
-
-    code = "benchmark_failed"
-
-
-class Step(StrEnum):
-    """What the processes do together, one after the other."""
-
-    MEMCPY_IN = "memcpy in"
-    FLUSH = "flush"
-    FLUSH_TENSOR_GRID = "flush, tensor grid only"
-    MOMENTS = "moments"
-    MEMCPY_OUT = "memcpy out"
-    READ = "read"
-    READ_TENSOR_GRID = "read, tensor grid only"
-
-
-WRITERS_STEPS = (Step.MEMCPY_IN, Step.FLUSH, Step.FLUSH_TENSOR_GRID, Step.MOMENTS)
-READERS_STEPS = (Step.MEMCPY_OUT, Step.READ, Step.READ_TENSOR_GRID)
-GRIDS: Mapping[Step, tuple[Grid, ...]] = {Step.FLUSH: ALL_GRIDS, Step.FLUSH_TENSOR_GRID: (Grid.TENSOR,)}
-STAGES: Mapping[Step, str] = {
-    Step.FLUSH: "all-grids",
-    Step.FLUSH_TENSOR_GRID: "tensor-grid",
-    Step.READ: "all-grids",
-    Step.READ_TENSOR_GRID: "tensor-grid",
-}
-
-Spans = dict[Step, list[tuple[float, float]]]
-"""Per step and round, when a process began and ended it: CLOCK_MONOTONIC, one clock for all processes."""
-Seconds = dict[Step, list[float]]
-"""Per step and round, from the first process's begin to the last one's end."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model, divided among so many writers and readers.
-
-    Attributes:
-        shapes: global shapes by tensor name; all bfloat16.
-        ranks: how many writers, and how many readers.
-        repetitions: timed rounds.
-    """
-
-    shapes: Mapping[str, Shape]
-    ranks: int
-    repetitions: int
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors together."""
-        return sum(math.prod(shape) for shape in self.shapes.values()) * ITEM_BYTES
-
-    @property
-    def versions(self) -> range:
-        """One per round: the warm-up, the timed ones, and one more to see that all still holds."""
-        return range(1, WARM_UP + self.repetitions + 2)
-
-    def timed(self, version: int) -> bool:
-        """Whether the round counts. In those that do not, every byte is checked."""
-        return WARM_UP < version <= WARM_UP + self.repetitions
-
-    def boxes(self, rank: int) -> dict[str, Box]:
-        """The rows that a rank writes or reads: an even part of every tensor."""
-        return {name: _rows(shape, rank, self.ranks) for name, shape in self.shapes.items()}
-
-    def elements(self, rank: int) -> int:
-        """How many elements a rank writes or reads."""
-        return sum(box.volume for box in self.boxes(rank).values())
-
-
-def _rows(shape: Shape, rank: int, ranks: int) -> Box:
-    first, end = (shape[0] * part // ranks for part in (rank, rank + 1))
-    return Box((first, *(0 for _ in shape[1:])), (end - first, *shape[1:]))
-
-
-def model_shapes(size: int) -> dict[str, Shape]:
-    """The tensors of a decoder of about ``size`` bytes: whole layers, and an embedding of what is left over."""
-    hidden = 16
-    while 13 * (2 * hidden) ** 2 * ITEM_BYTES * 4 <= size:  # a layer has 13 hidden**2 elements; four shall fit
-        hidden *= 2
-    layer: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (hidden, hidden),
-        "self_attn.k_proj.weight": (hidden // 4, hidden),
-        "self_attn.v_proj.weight": (hidden // 4, hidden),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "mlp.gate_proj.weight": (hidden * 7 // 2, hidden),
-        "mlp.up_proj.weight": (hidden * 7 // 2, hidden),
-        "mlp.down_proj.weight": (hidden, hidden * 7 // 2),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    layer_bytes = sum(math.prod(shape) for shape in layer.values()) * ITEM_BYTES
-    layers, rest = divmod(size, layer_bytes)
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (max(hidden, rest // (hidden * ITEM_BYTES)), hidden)}
-    return shapes | {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
-
-
-# In the writers' and readers' processes
-
-
-@dataclass(frozen=True)
-class Place:
-    """A process's part in a case: who it is, and what it shares with the others.
-
-    Attributes:
-        socket: the daemon's control socket.
-        mapping: POSIX name of the shared memory that the ceiling copies into and out of.
-        barrier: all processes wait at it before every step.
-        rounds: how many rounds have ended; the first reader counts.
-        answers: where the spans go in the end.
-    """
-
-    case: Case
-    rank: int
-    socket: Path
-    mapping: str
-    barrier: Barrier
-    rounds: Synchronized[int]
-    answers: Connection
-
-
-class Memory:
-    """A rank's elements in private memory, in one piece, and the rank's part of the shared mapping."""
-
-    def __init__(self, place: Place) -> None:
-        case, rank = place.case, place.rank
-        count = case.elements(rank)
-        self.values = torch.ones(count, dtype=torch.bfloat16)  # written to, so that its pages are there
-        self.boxes = case.boxes(rank)
-        parts = torch.split(self.values, [box.volume for box in self.boxes.values()])
-        self.parts = {n: part.view(b.lengths) for (n, b), part in zip(self.boxes.items(), parts, strict=True)}
-        shared = posix_ipc.SharedMemory(place.mapping)
-        mapping = mmap.mmap(shared.fd, case.bytes)
-        shared.close_fd()
-        first = sum(case.elements(before) for before in range(rank))
-        self._shared = torch.frombuffer(mapping, dtype=torch.bfloat16)[first : first + count]
-
-    def store(self, _version: int) -> None:
-        """One memcpy from private to shared memory. Not torch's copy: libc's is the faster one."""
-        ctypes.memmove(self._shared.data_ptr(), self.values.data_ptr(), self.values.nbytes)
-
-    def load(self, _version: int) -> None:
-        """One memcpy from shared to private memory."""
-        ctypes.memmove(self.values.data_ptr(), self._shared.data_ptr(), self.values.nbytes)
-
-    @property
-    def equal(self) -> bool:
-        """Whether private and shared bytes are the same."""
-        return torch.equal(self.values.view(torch.int16), self._shared.view(torch.int16))
-
-
-class Writer:
-    """A trainer rank, with a stage for each choice of grids."""
-
-    def __init__(self, place: Place, cleanup: ExitStack) -> None:
-        self._memory = Memory(place)
-        self._random = torch.Generator().manual_seed(place.rank)
-        shapes = place.case.shapes
-        self._shards = {
-            name: LocalShard(part, shapes[name], self._memory.boxes[name].offsets)
-            for name, part in self._memory.parts.items()
-        }
-        self.steps: dict[Step, Callable[[int], None]] = {
-            Step.MEMCPY_IN: self._memory.store,
-            Step.MOMENTS: self._take_moments,
-        }
-        for step, grids in GRIDS.items():
-            stage = cleanup.enter_context(self._open(place, STAGES[step], grids))
-            stage.declare(self._shards)
-            self.steps[step] = functools.partial(self._flush, stage)
-
-    @staticmethod
-    def _open(place: Place, name: str, grids: tuple[Grid, ...]) -> Stage:
-        ranks = place.case.ranks
-        return Stage.open(name, rank=place.rank, ranks=ranks, socket=place.socket, grids=grids, timeout_s=DEADLINE_S)
-
-    def prepare(self) -> None:
-        """New weights, as after an optimizer step."""
-        self._memory.values.normal_(std=0.02, generator=self._random)
-
-    def forget(self) -> None:
-        """Writers have nothing to compare."""
-
-    def check(self, step: Step) -> None:
-        """Writers have nothing to compare."""
-
-    def _flush(self, stage: Stage, version: int) -> None:
-        stage.begin(version)
-        for name, shard in self._shards.items():
-            stage.put(name, shard)
-        stage.commit().wait()
-
-    def _take_moments(self, _version: int) -> None:
-        for name, part in self._memory.parts.items():
-            if part.numel():
-                shard_moments(part, self._memory.boxes[name], ALL_GRIDS)
-
-
-class Copier:
-    """A reader rank: copies its rows of every tensor into private memory."""
-
-    def __init__(self, place: Place, cleanup: ExitStack) -> None:
-        self._memory = Memory(place)
-        self.steps: dict[Step, Callable[[int], None]] = {Step.MEMCPY_OUT: self._memory.load}
-        for step in (Step.READ, Step.READ_TENSOR_GRID):
-            reader = cleanup.enter_context(self._attach(place, STAGES[step]))
-            self.steps[step] = functools.partial(self._read, reader)
-
-    @staticmethod
-    def _attach(place: Place, stage: str) -> Reader:
-        ranks = place.case.ranks
-        return Reader.attach(
-            stage, engine="bench", rank=place.rank, ranks=ranks, socket=place.socket, timeout_s=DEADLINE_S
-        )
-
-    def prepare(self) -> None:
-        """Readers make nothing."""
-
-    def forget(self) -> None:
-        """Wipe what was read before, so that only this step's own bytes can pass the check."""
-        self._memory.values.zero_()
-
-    def check(self, step: Step) -> None:
-        """Compare with what the writers copied, without stagingd, from the memory that they put."""
-        if not self._memory.equal:
-            raise BenchmarkFailed(f"{step} gave other bytes than were put", remedy="report this", step=step.value)
-
-    def _read(self, reader: Reader, version: int) -> None:
-        with reader.lease(version=version, timeout_s=DEADLINE_S) as lease:
-            for name, box in self._memory.boxes.items():
-                self._memory.parts[name].copy_(lease.read(name, box))
-
-
-def order(version: int) -> Iterator[Step]:
-    """Writers first, then readers; every other round backwards, so that no step always finds warm caches."""
-    way = 1 if version % 2 else -1
-    return itertools.chain(WRITERS_STEPS[::way], READERS_STEPS[::way])
-
-
-def work(role: type[Writer | Copier], place: Place) -> None:
-    """A process: all rounds in step with the others."""
-    torch.set_num_threads(1)
-    spans: Spans = defaultdict(list)
-    with ExitStack() as cleanup:
-        member = role(place, cleanup)
-        for version in place.case.versions:
-            member.prepare()
-            for step in order(version):
-                take(member, step, version, place, spans)
-            place.barrier.wait(DEADLINE_S)  # nobody changes anything while others still read or check
-            if role is Copier and place.rank == 0:
-                place.rounds.value = version
-    place.answers.send(dict(spans))
-
-
-def take(member: Writer | Copier, step: Step, version: int, place: Place, spans: Spans) -> None:
-    """One step of one process: only what it does itself is timed."""
-    action, check = member.steps.get(step), not place.case.timed(version)
-    if action is not None and check:
-        member.forget()
-    place.barrier.wait(DEADLINE_S)
-    if action is None:
-        return
-    start = time.perf_counter()
-    action(version)
-    spans[step].append((start, time.perf_counter()))
-    if check:
-        member.check(step)
-
-
-# In the process that measures
 
 
 def measure(case: Case, progress: Callable[[int], None]) -> Seconds:
@@ -362,10 +71,10 @@ def measure(case: Case, progress: Callable[[int], None]) -> Seconds:
         context = multiprocessing.get_context("spawn")
         barrier, rounds = context.Barrier(2 * case.ranks), context.Value("i", 0)
         members = []
-        for role, rank in itertools.product((Writer, Copier), range(case.ranks)):
+        for role, rank in itertools.product(ROLES, range(case.ranks)):
             answers, sending = context.Pipe(duplex=False)
             place = Place(case, rank, socket, shared.name, barrier, rounds, sending)
-            process = context.Process(target=work, args=(role, place), name=f"{role.__name__.lower()} {rank}")
+            process = context.Process(target=work, args=(role, place), name=f"{role.title} {rank}")
             process.start()
             cleanup.callback(end, process)
             sending.close()  # so that the process's end is the end of what can be received
@@ -548,7 +257,7 @@ def host(
     repetitions: Annotated[int, typer.Option(min=1, help="Timed rounds of each case.")] = 7,
     machine: Annotated[str | None, typer.Option(help="The machine's name in the report.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object instead.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Measure flush and read through stagingd on this machine's CPU, beside a plain memcpy."""
     console = Console(stderr=as_json)
@@ -560,7 +269,7 @@ def host(
     console.print(report.table())
     console.print(f"written to {path}")
     if as_json:
-        typer.echo(path.read_text(), nl=False)
+        typer.echo(json.dumps(report.as_dict()))
 
 
 def main() -> None:

@@ -137,6 +137,7 @@ def main() -> None:
         with report.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
     llm.collective_rpc("stagingd_detach")
+    llm.llm_engine.engine_core.shutdown()  # or its workers are killed and leave their shared memory behind
     (given.folder / "engine.json").write_text(json.dumps({"vllm": vllm.__version__, "ranks": attached}))
 
 
