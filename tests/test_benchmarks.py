@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import host
+from benchmarks import host, host_case, host_ranks
 from benchmarks.report import Report, Row, machine_slug
 from stagingd.boxes import uncovered
 from stagingd.segment import SHARED_MEMORY
@@ -83,8 +83,8 @@ def test_host_says_what_was_measured_and_where(found: dict[str, Any]) -> None:
 
 def test_a_refused_declaration_ends_everything(capfd: pytest.CaptureFixture[str]) -> None:
     """A writer dies of it; nobody waits for it, and nothing of the run is left."""
-    case = host.Case({"full.weight": (4, 4), "empty.weight": (0, 4)}, ranks=1, repetitions=1)
-    with pytest.raises(host.BenchmarkFailed, match="writer 0 ended with status 1"):
+    case = host_case.Case({"full.weight": (4, 4), "empty.weight": (0, 4)}, ranks=1, repetitions=1)
+    with pytest.raises(host_case.BenchmarkFailed, match="writer 0 ended with status 1"):
         host.measure(case, lambda _: None)
     assert "'empty.weight'" in capfd.readouterr().err
     assert not multiprocessing.active_children()
@@ -92,37 +92,37 @@ def test_a_refused_declaration_ends_everything(capfd: pytest.CaptureFixture[str]
 
 
 def test_a_case_without_room_is_refused() -> None:
-    case = host.Case({"huge.weight": (1 << 30, 1 << 20)}, ranks=1, repetitions=1)
-    with pytest.raises(host.BenchmarkFailed, match="GiB free in /dev/shm"):
+    case = host_case.Case({"huge.weight": (1 << 30, 1 << 20)}, ranks=1, repetitions=1)
+    with pytest.raises(host_case.BenchmarkFailed, match="GiB free in /dev/shm"):
         host.measure(case, lambda _: None)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_the_ranks_boxes_are_the_whole_model(ranks: int) -> None:
-    case = host.Case(host.model_shapes(8 * 2**20), ranks, repetitions=1)
+    case = host_case.Case(host_case.model_shapes(8 * 2**20), ranks, repetitions=1)
     boxes = [case.boxes(rank) for rank in range(ranks)]
     for name, shape in case.shapes.items():
         assert uncovered(shape, [box[name] for box in boxes]) is None
-    assert sum(case.elements(rank) for rank in range(ranks)) * host.ITEM_BYTES == case.bytes
+    assert sum(case.elements(rank) for rank in range(ranks)) * host_case.ITEM_BYTES == case.bytes
 
 
 @pytest.mark.parametrize("mebibytes", [1, 8, 64, 100, 512, 4096])
 def test_a_model_has_about_the_size_that_was_asked_for(mebibytes: int) -> None:
     size = mebibytes * 2**20
-    assert host.Case(host.model_shapes(size), 1, 1).bytes == pytest.approx(size, rel=0.05)
+    assert host_case.Case(host_case.model_shapes(size), 1, 1).bytes == pytest.approx(size, rel=0.05)
 
 
 def test_every_round_takes_every_step() -> None:
     for version in (1, 2):
-        steps = list(host.order(version))
-        assert sorted(steps) == sorted(host.Step)
-        assert set(steps[: len(host.WRITERS_STEPS)]) == set(host.WRITERS_STEPS)
+        steps = list(host_ranks.order(version))
+        assert sorted(steps) == sorted(host_case.Step)
+        assert set(steps[: len(host_case.WRITERS_STEPS)]) == set(host_case.WRITERS_STEPS)
 
 
 def test_a_step_lasts_from_the_first_begin_to_the_last_end() -> None:
-    one: host.Spans = {host.Step.FLUSH: [(1.0, 2.0), (10.0, 14.0)]}
-    other: host.Spans = {host.Step.FLUSH: [(1.5, 4.0), (9.0, 11.0)]}
-    assert host.together([one, other])[host.Step.FLUSH] == [3.0, 5.0]
+    one: host_case.Spans = {host_case.Step.FLUSH: [(1.0, 2.0), (10.0, 14.0)]}
+    other: host_case.Spans = {host_case.Step.FLUSH: [(1.5, 4.0), (9.0, 11.0)]}
+    assert host.together([one, other])[host_case.Step.FLUSH] == [3.0, 5.0]
 
 
 @pytest.mark.parametrize(
