@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -211,6 +210,16 @@ def test_a_failure_in_the_background_is_raised_by_the_next_call(stage: Stage) ->
     stage.fence()  # raised once
 
 
+def test_a_failure_that_nobody_has_seen_is_raised_at_the_end(daemon: RunningDaemon, stage_name: str) -> None:
+    stage = open_stage(daemon, stage_name)
+    stage.declare({"a.weight": torch.zeros(SHAPE)})
+    stage.begin(1)
+    stage.put("a.weight", torch.full(SHAPE, float("inf")))
+    stage.commit()
+    with pytest.raises(NonFiniteValues):
+        stage.close()
+
+
 def two_ranks(daemon: RunningDaemon, name: str, *parts: dict[str, LocalShard]) -> StagingError | None:
     """Two ranks declare; returns what the last one to declare was told."""
     first = open_stage(daemon, name, rank=0, ranks=2)
@@ -309,16 +318,19 @@ def test_a_second_daemon_in_the_same_place(daemon: RunningDaemon) -> None:
     assert f"a daemon with pid {daemon.process.pid} serves" in second.stderr
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a socket that belongs to somebody else")
-def test_a_socket_of_somebody_else(daemon: RunningDaemon, tmp_path: Path) -> None:
-    shutil.copytree(daemon.folder, tmp_path / "copy", ignore=lambda *_: ["control.sock", "events.sock"])
+def test_a_socket_of_somebody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX) as foreign:
-        foreign.bind(str(tmp_path / "copy" / "control.sock"))
+        foreign.bind(str(tmp_path / "control.sock"))
         foreign.listen()
-        os.chown(tmp_path / "copy" / "control.sock", 65534, 65534)
+        owner = os.getuid()
+        if owner == 0:  # root's sockets are trusted by everybody, so it has to be given away
+            owner = 65534
+            os.chown(tmp_path / "control.sock", owner, owner)
+        else:  # nobody else can give a socket away: this process becomes somebody else instead
+            monkeypatch.setattr(os, "getuid", lambda: owner + 1)
         with pytest.raises(SocketNotTrusted) as caught:
-            Stage.open("policy", rank=0, ranks=1, socket=tmp_path / "copy" / "control.sock")
-    assert_says(caught.value, "uid 65534", "control.sock")
+            Stage.open("policy", rank=0, ranks=1, socket=tmp_path / "control.sock")
+    assert_says(caught.value, f"uid {owner}", "control.sock")
 
 
 def raw_exchange(daemon: RunningDaemon, *frames: bytes) -> wire.Answer:

@@ -51,7 +51,14 @@ class Stage:
     """One trainer rank's connection to a stage. Use ``Stage.open``; not for several threads at once."""
 
     def __init__(
-        self, name: str, connection: Connection, rank: int, ranks: int, options: wire.StageOptions, timeout_s: float
+        self,
+        name: str,
+        connection: Connection,
+        rank: int,
+        ranks: int,
+        dtype: torch.dtype | None,
+        options: wire.StageOptions,
+        timeout_s: float,
     ) -> None:
         self.name = name
         self.rank = rank
@@ -59,7 +66,7 @@ class Stage:
         self.timeout_s = timeout_s
         self._options = options
         self._connection = connection
-        self._dtype: torch.dtype | None = None
+        self._dtype = dtype
         self._holdings: Holdings | None = None
         self._owned: dict[str, list[OwnedBox]] = {}
         self._boxes_owned = 0
@@ -107,9 +114,8 @@ class Stage:
             grids=tuple(Grid(grid) for grid in grids),
             on_non_finite=wire.OnNonFinite(on_non_finite),
         )
-        stage = cls(name, Connection(socket, name=f"trainer rank {rank}"), rank, ranks, options, timeout_s)
-        stage._dtype = dtype
-        return stage
+        connection = Connection(socket, name=f"trainer rank {rank}")
+        return cls(name, connection, rank, ranks, dtype, options, timeout_s)
 
     # Declaring
 
@@ -318,7 +324,16 @@ class Stage:
     # The end
 
     def close(self) -> None:
-        """Finish what is committed, give up what is not, and let the daemon go. May be called twice."""
+        """Finish what is committed, give up what is not, and let the daemon go. May be called twice.
+
+        Raises:
+            StagingError: what went wrong with the last version, if nobody has seen it yet.
+        """
+        self._leave()
+        if self._last is not None:
+            self._last.raise_if_failed()
+
+    def _leave(self) -> None:
         self._background.shutdown(wait=True)
         self._connection.close()
         self._flusher = None
@@ -329,7 +344,10 @@ class Stage:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._leave()  # the error that ends the block is the one to be seen
 
     def _begun(self, what: str) -> Publication:
         self._ready()
