@@ -9,6 +9,7 @@ tensors the moments. So any shard is written, and any slice read, by addressing 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,13 @@ class Catalog(Record):
             grouped[owned.tensor].append(owned)
         return grouped
 
+    @cached_property
+    def _owned_by_rank(self) -> Mapping[int, Sequence[OwnedBox]]:
+        grouped: dict[int, list[OwnedBox]] = defaultdict(list)
+        for owned in self.owned:
+            grouped[owned.rank].append(owned)
+        return dict(grouped)
+
     def tensor(self, name: str) -> StagedTensor:
         """The tensor of this name.
 
@@ -122,7 +130,7 @@ class Catalog(Record):
 
     def owned_by(self, rank: int) -> Sequence[OwnedBox]:
         """The boxes that a rank has to put for every version."""
-        return [owned for owned in self.owned if owned.rank == rank]
+        return self._owned_by_rank.get(rank, ())
 
     def first_cell(self, owned: OwnedBox, grid: Grid) -> int:
         """Where in the slot's cells the owned box's cells of a grid begin."""
@@ -246,11 +254,10 @@ def _check_agreement(rank: int, tensor: TensorDeclaration, other_rank: int, othe
 
 
 def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]]) -> None:
-    distinct = list(holders)
-    clash = boxes.overlapping(distinct)
+    distinct = tuple(holders)
+    clash, missing = _cover(tensor.shape, distinct)
     if clash is not None:
         raise _doubled(tensor.name, clash[2], holders[distinct[clash[0]]][0], holders[distinct[clash[1]]][0])
-    missing = boxes.uncovered(tensor.shape, distinct)
     if missing is not None:
         raise BoxMissing(
             f"no rank declared box {missing} of tensor {tensor.name!r}, whose shape is {tensor.shape}",
@@ -258,6 +265,13 @@ def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]]
             tensor=tensor.name,
             box=missing,
         )
+
+
+@functools.lru_cache(maxsize=1 << 12)  # thousands of experts are cut alike
+def _cover(shape: Shape, distinct: tuple[Box, ...]) -> tuple[tuple[int, int, Box] | None, Box | None]:
+    """Two boxes that share elements, and a box that is missing: None where there is no such thing."""
+    clash = boxes.overlapping(distinct)
+    return clash, None if clash else boxes.uncovered(shape, distinct)
 
 
 def _doubled(name: str, box: Box, rank: int, other: int) -> BoxDoubled:

@@ -128,7 +128,7 @@ class HostedStage:
             if self.segment is None:
                 return declaration.awaited
             newest = self.buffer.newest_sealed
-            return wire.Declared(catalog=self.segment.catalog, segment=self.segment.name, newest=newest)
+            return wire.Declared(segment=self.segment.name, newest=newest)
 
         return Question(poll, lambda _: self._forget_declaration(message.rank))
 
@@ -277,8 +277,7 @@ class HostedStage:
             )
         engine.members[message.rank] = session
         self.engines[message.engine] = engine
-        segment = self._segment()
-        return wire.Attached(catalog=segment.catalog, segment=segment.name, newest=self.buffer.newest_sealed)
+        return wire.Attached(segment=self._segment().name, newest=self.buffer.newest_sealed)
 
     def lease(self, session: Session, message: wire.LeaseVersion, granted: Callable[[int], float]) -> Question:
         """A reader rank wants a version; ``granted`` gives the seconds that a lease is good for."""

@@ -10,6 +10,7 @@ different sizes give the true mean and variance.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def cell_shape(grid: Grid, shape: Shape) -> Shape:
     return (1,) * (len(shape) - 2) + (BLOCK,) * min(2, len(shape))
 
 
+@functools.lru_cache(maxsize=1 << 16)  # thousands of experts have the same few shapes and boxes
 def cells_of(grid: Grid, shape: Shape, box: Box | None = None) -> Box:
     """The cells that a box of the tensor (all of it by default) touches, as a box of cell indices."""
     return cells(box or whole(shape), cell_shape(grid, shape))

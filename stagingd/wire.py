@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stagingd.boxes import Box
 from stagingd.buffer import Policy
-from stagingd.catalog import Catalog, GridName, TensorDeclaration
+from stagingd.catalog import GridName, TensorDeclaration
 from stagingd.errors import MessageRefused, MessageTooLarge, StagingError, from_code
 from stagingd.moments import ALL_GRIDS
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
@@ -166,10 +166,9 @@ class Welcome(Record):
 
 
 class Declared(Record):
-    """The stage exists: its catalog, its segment and the newest sealed version."""
+    """The stage exists: its segment, which begins with the catalog, and the newest sealed version."""
 
     kind: Literal["declared"] = "declared"
-    catalog: Catalog
     segment: Name
     newest: Version | None
 
@@ -190,10 +189,9 @@ class Sealed(Record):
 
 
 class Attached(Record):
-    """The stage's catalog and segment, for a reader."""
+    """The stage's segment, which begins with the catalog, and the newest sealed version, for a reader."""
 
     kind: Literal["attached"] = "attached"
-    catalog: Catalog
     segment: Name
     newest: Version | None
 

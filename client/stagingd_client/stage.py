@@ -35,7 +35,6 @@ from stagingd.buffer import Policy
 from stagingd.catalog import Catalog, OwnedBox
 from stagingd.connection import ANSWER_S, Connection
 from stagingd.errors import (
-    CatalogMismatch,
     OutOfOrder,
     StagingError,
     VersionNotRising,
@@ -163,16 +162,10 @@ class Stage:
 
     def _adopt(self, answer: wire.Declared) -> None:
         self._segment = segment.open_existing(answer.segment, writable=True)
-        if self._segment.catalog != answer.catalog:
-            raise CatalogMismatch(
-                f"segment {answer.segment} does not hold the catalog that the daemon announces",
-                remedy="restart the daemon",
-                stage=self.name,
-            )
         self._flusher = Flusher(self._segment)
         self._newest = answer.newest
-        for owned in answer.catalog.owned_by(self.rank):
-            self._owned.setdefault(answer.catalog.tensors[owned.tensor].name, []).append(owned)
+        for owned in self.catalog.owned_by(self.rank):
+            self._owned.setdefault(self.catalog.tensors[owned.tensor].name, []).append(owned)
             self._boxes_owned += 1
 
     # One version
