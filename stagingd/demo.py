@@ -138,7 +138,11 @@ class Play:
         return ("--folder", str(self.folder), "--socket", str(self.socket), "--stage", STAGE)
 
     def _start(self, name: str, module: str, *arguments: str) -> None:
-        environment = os.environ | {"PYTHONUNBUFFERED": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        environment = os.environ | {
+            "PYTHONUNBUFFERED": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_RPC_BASE_PATH": str(self.folder),  # the engine's own sockets go when the demo goes
+        }
         with self._log(name).open("wb") as log:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments], stdout=log, stderr=log, env=environment
