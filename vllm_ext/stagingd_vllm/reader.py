@@ -16,6 +16,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
@@ -67,14 +68,12 @@ class Reader:
             DeadlineExceeded: nobody has declared the stage in time.
             RankTaken, CatalogMismatch: the engine's name or rank count is in use otherwise.
         """
-        connection = Connection(socket, name=f"engine {engine} rank {rank}")
         request = wire.Attach(stage=stage, engine=engine, rank=rank, ranks=ranks, timeout_s=timeout_s)
-        try:
+        with ExitStack() as undo:
+            connection = undo.enter_context(Connection(socket, name=f"engine {engine} rank {rank}"))
             answer = connection.request(request, wire.Attached, timeout_s=timeout_s)
             mapped = segment.open_existing(answer.segment, writable=False)
-        except BaseException:
-            connection.close()
-            raise
+            undo.pop_all()
         return cls(stage, engine, rank, connection, mapped)
 
     @property
