@@ -25,6 +25,9 @@ from stagingd.record import Record
 ANSWER_S: Final = 10.0
 """How long the daemon may take for an answer beyond the time that a request itself may wait."""
 
+LAST_WORDS_S: Final = 0.5
+"""What a daemon said before it ended may arrive after the news of its end: so long is waited for it."""
+
 Expected = TypeVar("Expected", bound=Record)
 
 
@@ -91,23 +94,23 @@ class Connection:
 
     def _send(self, frames: list[bytes], kind: str) -> None:
         self._poller.modify(self._socket, zmq.POLLOUT)
-        self._await(time.monotonic() + ANSWER_S, f"took {kind}")
+        self._await(time.monotonic() + ANSWER_S, f"took {kind}", 0.0)
         self._socket.send_multipart(frames, zmq.NOBLOCK)
 
     def _receive(self, request_id: bytes, kind: str, timeout_s: float) -> bytes:
         self._poller.modify(self._socket, zmq.POLLIN)
         deadline = time.monotonic() + timeout_s
         while True:
-            self._await(deadline, f"answered {kind}")
+            self._await(deadline, f"answered {kind}", LAST_WORDS_S)
             got_id, body = self._socket.recv_multipart(zmq.NOBLOCK)
             if got_id == request_id:  # not the late answer to a request that was given up
                 return body
 
-    def _await(self, deadline: float, what: str) -> None:
-        """Wait until the socket is ready, the daemon dies, or the time is over."""
+    def _await(self, deadline: float, what: str, grace_s: float) -> None:
+        """Wait until the socket is ready, the daemon has been dead for the grace, or the time is over."""
         left = max(0.0, deadline - time.monotonic())
         ready = dict(self._poller.poll(int(left * 1000)))
-        if self._socket in ready:
+        if self._socket in ready or (ready and self._socket.poll(int(grace_s * 1000))):
             return
         raise self._unreachable(f"died before it {what}" if ready else f"has not {what} within {left:.1f} s")
 

@@ -88,7 +88,7 @@ def test_a_killed_trainer_aborts_its_version_and_the_front_stands(daemon: Runnin
 
 
 def test_a_lease_that_is_held_too_long_is_taken_away_and_the_reader_learns_so(tmp_path: Path, stage_name: str) -> None:
-    daemon = start(tmp_path / "run", "--lease-s", "0.3")
+    daemon = start(tmp_path / "run", "--lease-s", "2")
     with Stage.open(stage_name, rank=0, ranks=1, socket=daemon.socket, timeout_s=20) as stage:
         stage.declare({"w": torch.zeros(8, 4)})
         publish(stage, 1)

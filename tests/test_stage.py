@@ -194,9 +194,12 @@ def test_waiting_for_a_stage_that_nobody_declares_ends(daemon: RunningDaemon, st
 
 
 def two_ranks(daemon: RunningDaemon, name: str, timeout_s: float) -> list[Stage]:
-    ranks = [open_stage(daemon, name, rank=rank, ranks=2, timeout_s=timeout_s) for rank in (0, 1)]
+    """Two declared ranks, that from now on wait only so long for anything."""
+    ranks = [open_stage(daemon, name, rank=rank, ranks=2, timeout_s=60.0) for rank in (0, 1)]
     declare = [lambda s=stage: s.declare(column_shard(s.rank, 0)) for stage in ranks]
     assert in_parallel(*declare) == [None, None]
+    for stage in ranks:
+        stage.timeout_s = timeout_s
     return ranks
 
 
