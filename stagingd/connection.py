@@ -50,8 +50,7 @@ class Connection:
         self._lock = threading.Lock()
         # The process's one context: a context that is collected with a socket still open would never end.
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.LINGER, 0)  # and not IMMEDIATE, which forgets answers that a disconnect follows
         self._socket.connect(f"ipc://{self.path}")
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
