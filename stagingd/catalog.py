@@ -157,6 +157,8 @@ def build(stage: str, declarations: Sequence[Sequence[TensorDeclaration]], grids
         BoxOutside, BoxDoubled, BoxMissing: the boxes do not cover each tensor exactly once. Identical
             boxes of different ranks are replicas, and one of them is made the owner.
     """
+    if not any(declarations):
+        raise WrongShape(f"no rank declares any tensor of stage {stage!r}", remedy="declare at least one", stage=stage)
     holders = _holders(declarations)
     first = {tensor.name: tensor for rank in reversed(declarations) for tensor in reversed(rank)}
     order = list(dict.fromkeys(tensor.name for rank in declarations for tensor in rank))

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -41,6 +41,13 @@ class Settings(BaseSettings):
     group: str | None = None
     """Unix group whose members may connect and map; by default only the daemon's own user may."""
 
+    @field_validator("group")
+    @classmethod
+    def _group_exists(cls, name: str | None) -> str | None:
+        if name is not None and name not in {entry.gr_name for entry in grp.getgrall()}:
+            raise ValueError(f"there is no Unix group {name!r}; make it, or leave the setting out")
+        return name
+
     lease_s: float = Field(default=60.0, gt=0)
     """How long an engine may hold a version before the lease is taken from it."""
 
@@ -62,5 +69,5 @@ class Settings(BaseSettings):
 
     @property
     def group_id(self) -> int:
-        """The group's number, or -1 for the process's own. Raises KeyError for a group that does not exist."""
+        """The group's number, or -1 for the process's own."""
         return grp.getgrnam(self.group).gr_gid if self.group else -1

@@ -18,7 +18,7 @@ import zmq
 
 from stagingd import wire
 from stagingd.config import Settings
-from stagingd.errors import DaemonUnreachable, InternalError, PeerDied, SocketNotTrusted
+from stagingd.errors import DaemonUnreachable, Disconnected, InternalError, SocketNotTrusted, StagingError
 from stagingd.liveness import Process
 from stagingd.record import Record
 
@@ -60,7 +60,7 @@ class Connection:
             hello = wire.Hello(protocol=wire.PROTOCOL, pid=os.getpid(), name=name)
             welcome = self.request(hello, wire.Welcome)
             self._daemon = Process(welcome.pid)
-        except (DaemonUnreachable, PeerDied):
+        except StagingError:
             self._socket.close(linger=0)
             raise
         self._poller.register(self._daemon.fd, zmq.POLLIN)
@@ -125,8 +125,8 @@ class Connection:
             return
         try:
             self.request(wire.Bye(), wire.Done)
-        except DaemonUnreachable:
-            return  # there is nobody to say goodbye to
+        except (DaemonUnreachable, Disconnected):
+            return  # there is nobody to say goodbye to, or a restarted daemon that holds nothing of ours
         finally:
             if self._daemon is not None:
                 self._daemon.close()

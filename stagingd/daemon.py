@@ -112,7 +112,8 @@ class Daemon:
             self._processes.pop(identity).close()
 
     def _bury(self, poller: zmq.Poller, fd: int) -> None:
-        for identity in [identity for identity, process in self._processes.items() if process.fd == fd]:
+        # Asked again: since the poll the descriptor may have been closed, and its number given to a live process.
+        for identity in [i for i, process in self._processes.items() if process.fd == fd and process.ended]:
             process = self._processes.pop(identity)
             log.warning("peer_died", peer=str(self._service.sessions.get(identity)), pid=process.pid)
             self._service.session_gone(identity, "died")

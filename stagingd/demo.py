@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class Play:
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
-    def _wait(self, what: str, done: Any) -> None:
+    def _wait(self, what: str, done: Callable[[], bool]) -> None:
         """Wait until ``done()``, as long as every process lives and the deadline has not passed."""
         while not done():
             for name, process in self._running.items():
@@ -196,7 +196,8 @@ class Play:
             )
             lease = wire.LeaseVersion(stage=STAGE, engine="slow", rank=0, timeout_s=10.0)
             held = connection.request(lease, wire.Leased, timeout_s=10.0)
-            (self.folder / "wanted").write_text(str(self.versions + 1))
+            (self.folder / "wanted.part").write_text(str(self.versions + 1))
+            (self.folder / "wanted.part").rename(self.folder / "wanted")  # never seen empty
             self._wait(
                 "the trainers to publish beside a slow reader", lambda: len(self.rows("trainer-0")) > self.versions
             )

@@ -167,6 +167,12 @@ class SegmentUnreadable(StagingError):
     code = "segment_unreadable"
 
 
+class SegmentUnusable(StagingError):
+    """The system refuses to make a shared memory segment."""
+
+    code = "segment_unusable"
+
+
 class DaemonUnreachable(StagingError):
     """No daemon answers on the socket."""
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import select
 from types import TracebackType
 
 from stagingd.errors import PeerDied
@@ -22,6 +23,13 @@ class Process:
             raise PeerDied(
                 f"no process has pid {pid}", remedy="run client and daemon in one pid namespace", peer=str(pid)
             ) from error
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        watch = select.poll()  # unlike select(), for descriptors of any number
+        watch.register(self.fd, select.POLLIN)
+        return bool(watch.poll(0))
 
     def close(self) -> None:
         """Stop watching."""

@@ -31,7 +31,7 @@ import posix_ipc
 import psutil
 
 from stagingd.catalog import Catalog
-from stagingd.errors import NotEnoughMemory, SegmentTaken, SegmentUnreadable
+from stagingd.errors import NotEnoughMemory, SegmentTaken, SegmentUnreadable, SegmentUnusable
 from stagingd.moments import StoredMoments, stored_bytes
 
 MAGIC: Final = b"STAGINGD"
@@ -135,25 +135,41 @@ def create(name: str, catalog: Catalog, *, lock: bool, mode: int = 0o600, group:
     Raises:
         NotEnoughMemory: there is no room for two slots, or no permission to lock them. Nothing is left behind.
         SegmentTaken: a segment of this name exists and its daemon lives, or it is not ours.
+        SegmentUnusable: the system refuses it for another reason.
     """
     blob: bytes = msgpack.packb(catalog.model_dump())
     header = _page_aligned(PAGE + len(blob))
     superblock = Superblock(os.getpid(), header, len(blob), _page_aligned(catalog.slot_bytes), zlib.crc32(blob))
     check_room(catalog.stage, superblock.segment_bytes, lock=lock)
     _remove_orphan(name)
+    try:
+        mapping = _make(name, superblock, blob, catalog.stage, lock=lock, mode=mode, group=group)
+    except (OSError, posix_ipc.Error) as error:
+        raise SegmentUnusable(
+            f"segment {name} for stage {catalog.stage!r} cannot be made: {error}",
+            remedy="check the daemon's permissions on /dev/shm and its group setting",
+            stage=catalog.stage,
+        ) from error
+    return Segment(name, mapping, catalog, superblock)
+
+
+def _make(
+    name: str, superblock: Superblock, blob: bytes, stage: str, *, lock: bool, mode: int, group: int
+) -> mmap.mmap:
+    """Make and fill in a segment; nothing is left of it if anything fails."""
     shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode)
     with ExitStack() as undo, _closing(shared.fd):
         undo.callback(posix_ipc.unlink_shared_memory, name)
         os.fchmod(shared.fd, mode)
         os.fchown(shared.fd, -1, group)
-        _allocate(shared.fd, catalog.stage, superblock.segment_bytes)
+        _allocate(shared.fd, stage, superblock.segment_bytes)
         mapping = mmap.mmap(shared.fd, superblock.segment_bytes)
         if lock:
-            _lock(mapping, catalog.stage)
+            _lock(mapping, stage)
         mapping[PAGE : PAGE + len(blob)] = blob
         mapping[: _SUPERBLOCK.size] = superblock.pack()
         undo.pop_all()
-    return Segment(name, mapping, catalog, superblock)
+    return mapping
 
 
 def open_existing(name: str, *, writable: bool) -> Segment:

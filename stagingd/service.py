@@ -24,6 +24,7 @@ from stagingd.errors import (
     DeadlineExceeded,
     Disconnected,
     MessageRefused,
+    MessageTooLarge,
     OutOfOrder,
     StagingError,
     UnknownStage,
@@ -90,7 +91,7 @@ class Service:
             request = wire.decode_request(body)
             answer = self._dispatch(identity, request_id, request)
         except StagingError as error:
-            if identity not in self.sessions or isinstance(error, MessageRefused):
+            if identity not in self.sessions or isinstance(error, MessageRefused | MessageTooLarge):
                 self._count_refusal(identity, error)
             answer = wire.refusal(error)
         if answer is not None:

@@ -74,6 +74,10 @@ def test_a_dtype_or_shape_that_cannot_be_staged_is_refused() -> None:
     assert isinstance(refusal([declared(shape=(0, 6))]), WrongShape)
 
 
+def test_a_stage_without_any_tensor_is_refused() -> None:
+    assert isinstance(refusal([], []), WrongShape)
+
+
 def test_replicas_are_spread_over_their_holders_by_bytes() -> None:
     tensors = [declared(whole(SHAPE), name=f"w{i}") for i in range(6)]
     catalog = build("policy", [tensors, tensors, tensors], ALL_GRIDS)
@@ -87,7 +91,10 @@ def test_an_unknown_tensor_is_refused_with_the_nearest_names() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.lists(st.integers(1, 300), max_size=3), st.sampled_from(["bfloat16", "float32", "int64"]))),
+    st.lists(
+        st.tuples(st.lists(st.integers(1, 300), max_size=3), st.sampled_from(["bfloat16", "float32", "int64"])),
+        min_size=1,
+    ),
     st.integers(1, 4),
 )
 def test_tensors_and_moments_never_overlap_in_a_slot(tensors: list[tuple[list[int], str]], ranks: int) -> None:

@@ -61,6 +61,12 @@ def test_a_wrong_setting_is_named(tmp_path: Path) -> None:
     assert "setting lease_s" in shown.stderr
 
 
+def test_a_group_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    shown = stagingd("serve", "--runtime-dir", str(tmp_path), "--group", "no-such-group")
+    assert shown.returncode == 2
+    assert "there is no Unix group 'no-such-group'" in shown.stderr
+
+
 def test_a_runtime_directory_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     shown = stagingd("serve", "--runtime-dir", str(tmp_path))

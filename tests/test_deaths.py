@@ -16,7 +16,8 @@ from stagingd_vllm import Reader
 
 from stagingd import wire
 from stagingd.connection import Connection
-from stagingd.errors import DaemonUnreachable, LeaseLost, VersionAborted
+from stagingd.errors import DaemonUnreachable, LeaseLost, PeerDied, VersionAborted
+from stagingd.liveness import Process
 
 READER = """
 import sys
@@ -54,6 +55,16 @@ def publish(stage: Stage, version: int) -> None:
     stage.begin(version)
     stage.put("w", torch.full((8, 4), float(version)))
     stage.commit().wait()
+
+
+def test_a_process_is_seen_to_live_and_to_end() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with Process(child.pid) as process:
+        assert not process.ended
+        child.communicate()
+        assert process.ended
+    with pytest.raises(PeerDied, match=str(child.pid)):
+        Process(child.pid)
 
 
 def test_a_killed_reader_frees_its_slot(daemon: RunningDaemon, stage_name: str) -> None:
@@ -124,7 +135,8 @@ def test_a_daemon_starts_again_where_one_was_killed(own_daemon: RunningDaemon, s
         own_daemon.process.kill()
         own_daemon.process.wait(20)
         assert own_daemon.segments()
-    again = start(own_daemon.folder, prefix=own_daemon.prefix)
+        again = start(own_daemon.folder, prefix=own_daemon.prefix)
+    # here the first connection was closed: by the new daemon, which knows nothing of it
     with Stage.open(stage_name, rank=0, ranks=1, socket=again.socket) as stage:
         stage.declare({"w": torch.zeros(8, 4)})
         publish(stage, 1)

@@ -16,7 +16,7 @@ import pytest
 from stagingd import segment
 from stagingd.boxes import Box
 from stagingd.catalog import Catalog, TensorDeclaration, build
-from stagingd.errors import NotEnoughMemory, SegmentTaken, SegmentUnreadable
+from stagingd.errors import NotEnoughMemory, SegmentTaken, SegmentUnreadable, SegmentUnusable
 from stagingd.moments import ALL_GRIDS
 from stagingd.segment import SHARED_MEMORY
 
@@ -107,6 +107,18 @@ def test_a_segment_of_a_live_daemon_is_not_touched(name: str, catalog: Catalog) 
     damage(name, 12, (1).to_bytes(4, "little"))
     with pytest.raises(SegmentTaken, match="pid 1"):
         segment.create(name, catalog, lock=False)
+
+
+def test_what_the_system_refuses_is_a_typed_error_and_nothing_is_left(
+    name: str, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(segment.os, "fchown", forbidden)
+    with pytest.raises(SegmentUnusable, match="Operation not permitted"):
+        segment.create(name, catalog, lock=False)
+    assert not (SHARED_MEMORY / name.lstrip("/")).exists()
 
 
 def test_nothing_is_left_when_memory_runs_out(name: str, catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

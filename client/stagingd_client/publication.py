@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
@@ -42,22 +43,23 @@ class Publication:
             StagingError: why it was not: refused, aborted, or late.
         """
         if self._sealed is not None:
-            self._result(self._sealed, "sealed")
+            self._result(self._sealed, "sealed", self.deadline_s)
 
     def wait_copied(self) -> None:
         """Wait until this rank's shards are in the slot, so that the trainer may change them. Raises as ``wait``."""
+        until = time.monotonic() + self.deadline_s
         for copy in self._copies:
-            self._result(copy, "copied")
+            self._result(copy, "copied", max(0.0, until - time.monotonic()))
 
     def raise_if_failed(self) -> None:
         """Raise what went wrong in the background, unless the trainer has seen it already."""
         if self.done and not self._seen:
             self.wait()
 
-    def _result(self, future: Future[None], what: str) -> None:
+    def _result(self, future: Future[None], what: str, left_s: float) -> None:
         seen, self._seen = self._seen, True
         try:
-            future.result(self.deadline_s)
+            future.result(left_s)
         except FutureTimeout as error:
             raise DeadlineExceeded(
                 f"version {self.version} was not {what} within {self.deadline_s} s",
