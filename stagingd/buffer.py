@@ -13,7 +13,6 @@ after the next change.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -26,6 +25,9 @@ from stagingd.errors import (
     VersionNotAvailable,
     VersionNotRising,
 )
+
+REMEMBERED_LOSSES = 16
+"""Leases taken away that are remembered: enough to tell a late rank why, and bounded for ever."""
 
 
 class Policy(StrEnum):
@@ -69,6 +71,7 @@ class Lease:
     """A reader group's claim on a slot: every rank of the engine joins it and releases it once.
 
     ``holding`` are the ranks that may be reading now, ``done`` those that have released or are gone.
+    ``until`` is the time at which it is taken away, on the clock of whoever granted it.
     """
 
     id: int
@@ -76,6 +79,7 @@ class Lease:
     ranks: int
     slot: Slot
     version: int
+    until: float
     holding: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
 
@@ -101,6 +105,9 @@ class Waiting:
 class DoubleBuffer:
     """The life of one stage's two slots.
 
+    Every call that changes anything raises ``revision``. ``again`` marks a call that may have been carried
+    out before: its answer was lost with the daemon that gave it. Such a call is answered as it was then.
+
     Args:
         ranks: how many trainer ranks fill a version together.
         policy: what to do with a sealed version that nobody has read.
@@ -113,8 +120,9 @@ class DoubleBuffer:
         self.leases: dict[int, Lease] = {}
         self.newest_sealed: int | None = None
         self.last_abort: tuple[int, str] | None = None
-        self._lease_ids = itertools.count(1)
-        self._lost_leases: dict[int, str] = {}
+        self.next_lease = 1
+        self.lost_leases: dict[int, str] = {}
+        self.revision = 0
 
     # What the slots hold
 
@@ -138,7 +146,7 @@ class DoubleBuffer:
 
     # Trainers
 
-    def begin(self, rank: int, version: int) -> Slot | Waiting:
+    def begin(self, rank: int, version: int, *, again: bool = False) -> Slot | Waiting:
         """A rank starts to fill a version; all ranks begin the same one.
 
         Raises:
@@ -155,16 +163,20 @@ class DoubleBuffer:
             )
         filling = self.filling
         if filling is not None:
-            return self._join(filling, rank, version)
+            return self._join(filling, rank, version, again)
         back = self._claim_back(version)
         if isinstance(back, Slot):
             back.state, back.version = SlotState.FILLING, version
             back.begun.add(rank)
+            self.revision += 1
         return back
 
-    def _join(self, filling: Slot, rank: int, version: int) -> Slot | Waiting:
+    def _join(self, filling: Slot, rank: int, version: int, again: bool) -> Slot | Waiting:
         if filling.version == version and rank not in filling.begun:
             filling.begun.add(rank)
+            self.revision += 1
+            return filling
+        if again and filling.version == version and rank not in filling.committed:
             return filling
         if rank in filling.committed and filling.version != version:
             return Waiting(f"version {filling.version} to be committed", self._uncommitted(filling))
@@ -203,14 +215,16 @@ class DoubleBuffer:
     def _uncommitted(self, slot: Slot) -> tuple[str, ...]:
         return tuple(f"trainer rank {rank}" for rank in range(self.ranks) if rank not in slot.committed)
 
-    def commit(self, rank: int, version: int) -> bool:
-        """A rank has put all its boxes. Returns whether it was the last.
+    def commit(self, rank: int, version: int, *, again: bool = False) -> bool:
+        """A rank has put all its boxes. Returns whether all have, so that the version can be sealed.
 
         Raises:
             VersionAborted: the version was given up meanwhile.
             OutOfOrder: the rank has not begun it, or has committed it already.
         """
         filling = self.filling
+        if again and version == self.newest_sealed:
+            return False
         if filling is None or filling.version != version or rank not in filling.begun:
             if self.last_abort is not None and self.last_abort[0] == version:
                 raise VersionAborted(
@@ -225,7 +239,7 @@ class DoubleBuffer:
                 version=version,
                 rank=rank,
             )
-        if rank in filling.committed:
+        if rank in filling.committed and not again:
             raise OutOfOrder(
                 f"rank {rank} commits version {version} twice",
                 remedy="commit a version once per rank",
@@ -233,6 +247,7 @@ class DoubleBuffer:
                 rank=rank,
             )
         filling.committed.add(rank)
+        self.revision += 1
         return len(filling.committed) == self.ranks
 
     def awaited_commits(self, version: int) -> Waiting:
@@ -248,6 +263,7 @@ class DoubleBuffer:
             raise OutOfOrder("no version is ready to be sealed", remedy="seal after the last commit")
         filling.state = SlotState.SEALED
         self.newest_sealed = filling.version
+        self.revision += 1
         return filling.version
 
     def abort(self, reason: str) -> int | None:
@@ -258,6 +274,7 @@ class DoubleBuffer:
         version = filling.version
         self.last_abort = (version, reason)
         filling.clear()
+        self.revision += 1
         return version
 
     def trainer_gone(self, rank: int, reason: str) -> int | None:
@@ -270,7 +287,15 @@ class DoubleBuffer:
     # Readers
 
     def lease(
-        self, engine: str, ranks: int, rank: int, *, version: int | None, newer_than: int | None
+        self,
+        engine: str,
+        ranks: int,
+        rank: int,
+        *,
+        version: int | None,
+        newer_than: int | None,
+        until: float,
+        again: bool = False,
     ) -> Lease | Waiting:
         """An engine's rank asks to read: the first rank decides which version all of them get.
 
@@ -280,6 +305,7 @@ class DoubleBuffer:
             rank: which of them asks.
             version: exactly this one; the newest complete one by default.
             newer_than: only a version greater than this.
+            until: when a lease granted now is to be taken away; ranks that join later get the first's.
 
         Raises:
             VersionNotAvailable: the version has been replaced.
@@ -288,23 +314,27 @@ class DoubleBuffer:
         """
         current = next((lease for lease in self.leases.values() if lease.engine == engine), None)
         if current is not None:
-            return self._join_lease(current, rank, version)
+            return self._join_lease(current, rank, version, again)
         slot = self._readable(version, newer_than)
         if isinstance(slot, Waiting):
             return slot
         assert slot.version is not None  # a sealed or front slot has one
         if slot.state is SlotState.SEALED:
             self._make_front(slot)
-        lease = Lease(next(self._lease_ids), engine, ranks, slot, slot.version, holding={rank})
+        lease = Lease(self.next_lease, engine, ranks, slot, slot.version, until, holding={rank})
         self.leases[lease.id] = lease
+        self.next_lease += 1
+        self.revision += 1
         return lease
 
-    def _join_lease(self, lease: Lease, rank: int, version: int | None) -> Lease | Waiting:
+    def _join_lease(self, lease: Lease, rank: int, version: int | None, again: bool) -> Lease | Waiting:
         if rank in lease.done:
             return Waiting(
                 f"engine {lease.engine!r} to finish version {lease.version}",
                 tuple(f"engine {lease.engine!r} rank {other}" for other in lease.missing),
             )
+        if rank in lease.holding and again:
+            return lease
         if rank in lease.holding:
             raise OutOfOrder(
                 f"engine {lease.engine!r} rank {rank} holds a lease on version {lease.version} already",
@@ -321,6 +351,7 @@ class DoubleBuffer:
                 rank=rank,
             )
         lease.holding.add(rank)
+        self.revision += 1
         return lease
 
     def _readable(self, version: int | None, newer_than: int | None) -> Slot | Waiting:
@@ -357,7 +388,7 @@ class DoubleBuffer:
             self._free_if_drained(front)
         sealed.state = SlotState.FRONT
 
-    def release(self, lease_id: int, rank: int) -> None:
+    def release(self, lease_id: int, rank: int, *, again: bool = False) -> None:
         """A rank has read what it needs.
 
         Raises:
@@ -365,8 +396,10 @@ class DoubleBuffer:
             OutOfOrder: the rank does not hold it.
         """
         lease = self.leases.get(lease_id)
+        if again and (self._ended_well(lease_id) if lease is None else rank in lease.done):
+            return
         if lease is None:
-            why = self._lost_leases.get(lease_id, "it does not exist")
+            why = self.lost_leases.get(lease_id, "it does not exist")
             raise LeaseLost(
                 f"lease {lease_id} is gone: {why}",
                 remedy="discard what was read under it and lease again",
@@ -380,6 +413,12 @@ class DoubleBuffer:
             )
         self._finish(lease, rank)
 
+    def _ended_well(self, lease_id: int) -> bool:
+        """Whether a lease that is gone was released by all its ranks. In doubt, no: what was read may be torn."""
+        if len(self.lost_leases) == REMEMBERED_LOSSES and lease_id < min(self.lost_leases):
+            return False
+        return lease_id < self.next_lease and lease_id not in self.lost_leases
+
     def reader_gone(self, engine: str, rank: int) -> None:
         """A reader rank is gone: it holds nothing any more, and nobody waits for it."""
         for lease in [lease for lease in self.leases.values() if lease.engine == engine]:
@@ -389,11 +428,13 @@ class DoubleBuffer:
         """Take a lease away from all its ranks. Returns it, or None when it had ended."""
         lease = self.leases.pop(lease_id, None)
         if lease is not None:
+            self.revision += 1
             self._remember_lost(lease_id, reason)
             self._free_if_drained(lease.slot)
         return lease
 
     def _finish(self, lease: Lease, rank: int) -> None:
+        self.revision += 1
         lease.holding.discard(rank)
         lease.done.add(rank)
         if lease.complete:
@@ -401,9 +442,9 @@ class DoubleBuffer:
             self._free_if_drained(lease.slot)
 
     def _remember_lost(self, lease_id: int, reason: str) -> None:
-        self._lost_leases[lease_id] = reason
-        for old in list(self._lost_leases)[:-16]:  # enough to tell a late rank why; bounded for ever
-            del self._lost_leases[old]
+        self.lost_leases[lease_id] = reason
+        for old in sorted(self.lost_leases)[:-REMEMBERED_LOSSES]:
+            del self.lost_leases[old]
 
     def _free_if_drained(self, slot: Slot) -> None:
         if slot.state is SlotState.DRAINING and not self.leases_on(slot):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from stagingd.config import Settings
 from stagingd.connection import Connection
 from stagingd.daemon import Daemon
 from stagingd.errors import StagingError
+from stagingd.supervisor import Supervisor
 
 app = typer.Typer(
     help="Stage model weights in shared host memory between trainers and inference engines.",
@@ -44,13 +46,20 @@ def serve(
     lease_s: Annotated[
         float | None, typer.Option(help="Longest time an engine may hold a version, in seconds.")
     ] = None,
+    return_s: Annotated[
+        float | None, typer.Option(help="How long clients wait for a successor should the daemon die, in seconds.")
+    ] = None,
+    heartbeat_s: Annotated[
+        float | None,
+        typer.Option(help="Serve clients in pid namespaces that the daemon does not see, dead after so much silence."),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="json or console.")] = None,
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT."""
     settings = _settings(**locals())
     logs.configure(settings)
-    Daemon(settings).run()
+    Daemon(settings, Supervisor.from_environment(os.environ)).run()
 
 
 @app.command()

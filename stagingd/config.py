@@ -51,6 +51,14 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=60.0, gt=0)
     """How long an engine may hold a version before the lease is taken from it."""
 
+    return_s: float = Field(default=1.5, gt=0)
+    """Should the daemon die: how long clients wait for a successor before they give up, and how long a
+    successor waits for clients that it cannot see. Raise it where a supervisor restarts the daemon."""
+
+    heartbeat_s: float | None = Field(default=None, gt=0)
+    """Serve clients in pid namespaces that the daemon does not see, and take one for dead that has been
+    silent for so long. By default they are refused."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least level that is logged."""
 

@@ -1,12 +1,16 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""A client's connection to the daemon: one request at a time, every one with a deadline."""
+"""A client's connection to the daemon: one request at a time, every one with a deadline.
+
+It outlives the daemon. When the daemon ends, the connection waits for a successor for as long as the daemon had
+said that it might take, says hello with the same token, and asks again what had not been answered. So whoever
+uses the connection learns of a restart only when none came.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
-import stat
 import struct
 import threading
 import time
@@ -14,25 +18,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, TypeVar
 
-import zmq
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
 from stagingd import wire
 from stagingd.config import Settings
-from stagingd.errors import DaemonUnreachable, Disconnected, InternalError, SocketNotTrusted, StagingError
-from stagingd.liveness import Process
+from stagingd.errors import ConnectionLost, DaemonUnreachable, Disconnected, InternalError
+from stagingd.link import Link
 from stagingd.record import Record
 
 ANSWER_S: Final = 10.0
 """How long the daemon may take for an answer beyond the time that a request itself may wait."""
 
-LAST_WORDS_S: Final = 0.5
-"""What a daemon said before it ended may arrive after the news of its end: so long is waited for it."""
-
 Expected = TypeVar("Expected", bound=Record)
+
+log = logging.getLogger(__name__)
 
 
 class Connection:
-    """A DEALER socket and the daemon's process behind it. May be used by several threads, in turn.
+    """The way to a daemon. May be used by several threads, in turn; not after a fork.
 
     Args:
         address: the control socket's file; by default that of the settings.
@@ -45,26 +48,30 @@ class Connection:
 
     def __init__(self, address: str | os.PathLike[str] | None = None, *, name: str) -> None:
         self.path = Path(address) if address is not None else Settings().control_socket
-        _check_trusted(self.path)
-        _check_listening(self.path)
+        self._name = name[:128]
+        self._token = os.urandom(wire.TOKEN_BYTES)
         self._lock = threading.Lock()
-        # The process's one context: a context that is collected with a socket still open would never end.
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)  # and not IMMEDIATE, which forgets answers that a disconnect follows
-        self._socket.connect(f"ipc://{self.path}")
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._daemon: Process | None = None
         self._requests = 0
+        self._closed = False
+        self._link, self._daemon = self._connect(time.monotonic() + ANSWER_S)
+
+    @property
+    def event_socket(self) -> str:
+        """Where the daemon publishes its events."""
+        return self._daemon.events
+
+    def _connect(self, deadline: float) -> tuple[Link, wire.Welcome]:
+        """A new link on which hello was said."""
+        link = Link(self.path)
         try:
-            hello = wire.Hello(protocol=wire.PROTOCOL, pid=os.getpid(), name=name)
-            welcome = self.request(hello, wire.Welcome)
-            self._daemon = Process(welcome.pid)
-        except StagingError:
-            self._socket.close(linger=0)
+            hello = wire.Hello(protocol=wire.PROTOCOL, connection=self._token, name=self._name)
+            answer = self._ask(link, hello, deadline)
+            if not isinstance(answer, wire.Welcome):
+                raise _unexpected(hello, answer)
+        except BaseException:
+            link.close()
             raise
-        self._poller.register(self._daemon.fd, zmq.POLLIN)
-        self.event_socket = welcome.events
+        return link, answer
 
     def request(self, message: wire.Request, answer: type[Expected], *, timeout_s: float = 0.0) -> Expected:
         """Ask the daemon.
@@ -76,61 +83,77 @@ class Connection:
 
         Raises:
             StagingError: the daemon's refusal, as the type that it has there.
-            DaemonUnreachable: it died, or did not answer in time.
+            DaemonUnreachable: it died and none took its place, or it did not answer in time.
         """
         with self._lock:
-            if self._socket.closed:
+            if self._closed:
                 raise DaemonUnreachable("this connection is closed", remedy="open a new one")
-            self._requests += 1
-            request_id = struct.pack("<Q", self._requests)
-            self._send([request_id, wire.encode(message)], message.kind)
-            got = wire.decode_answer(self._receive(request_id, message.kind, timeout_s + ANSWER_S))
-        if isinstance(got, wire.Refusal):
-            raise wire.refused(got)
+            got = self._ask_until_answered(message, time.monotonic() + timeout_s + ANSWER_S)
         if not isinstance(got, answer):
-            raise InternalError(f"the daemon answers {message.kind} with {got.kind}", remedy="report this")
+            raise _unexpected(message, got)
         return got
 
-    def _send(self, frames: list[bytes], kind: str) -> None:
-        self._poller.modify(self._socket, zmq.POLLOUT)
-        self._await(time.monotonic() + ANSWER_S, f"took {kind}", 0.0)
-        self._socket.send_multipart(frames, zmq.NOBLOCK)
-
-    def _receive(self, request_id: bytes, kind: str, timeout_s: float) -> bytes:
-        self._poller.modify(self._socket, zmq.POLLIN)
-        deadline = time.monotonic() + timeout_s
+    def _ask_until_answered(self, message: wire.Request, deadline: float) -> wire.Answer:
         while True:
-            self._await(deadline, f"answered {kind}", LAST_WORDS_S)
-            got_id, body = self._socket.recv_multipart(zmq.NOBLOCK)
-            if got_id == request_id:  # not the late answer to a request that was given up
-                return body
+            try:
+                return self._ask(self._link, message, deadline)
+            except (ConnectionLost, Disconnected) as lost:
+                self._reconnect(lost, deadline)
+                message = _once_more(message, deadline)
 
-    def _await(self, deadline: float, what: str, grace_s: float) -> None:
-        """Wait until the socket is ready, the daemon has been dead for the grace, or the time is over."""
-        left = max(0.0, deadline - time.monotonic())
-        ready = dict(self._poller.poll(int(left * 1000)))
-        if self._socket in ready or (ready and self._socket.poll(int(grace_s * 1000))):
-            return
-        raise self._unreachable(f"died before it {what}" if ready else f"has not {what} within {left:.1f} s")
-
-    def _unreachable(self, what: str) -> DaemonUnreachable:
-        who = f"the daemon (pid {self._daemon.pid}) " if self._daemon is not None else "the daemon "
-        return DaemonUnreachable(
-            f"{who}at {self.path} {what}", remedy="look at its log; start it with: stagingd serve", peer=str(self.path)
+    def _reconnect(self, lost: DaemonUnreachable | Disconnected, deadline: float) -> None:
+        """Wait for the daemon's successor, and be there who this connection was before."""
+        self._link.close()
+        dead, patience_s = self._daemon.pid, min(self._daemon.return_s, max(0.0, deadline - time.monotonic()))
+        log.warning("the daemon (pid %d) at %s is gone; waiting %.1f s for a successor", dead, self.path, patience_s)
+        attempts = Retrying(
+            retry=retry_if_exception_type((DaemonUnreachable, Disconnected)),
+            stop=stop_after_delay(patience_s),
+            wait=wait_random_exponential(multiplier=0.02, max=0.25),
+            reraise=True,
         )
+        try:
+            self._link, self._daemon = attempts(self._connect, deadline)
+        except (DaemonUnreachable, Disconnected) as error:
+            raise DaemonUnreachable(
+                f"the daemon (pid {dead}) at {self.path} is gone: {lost.what}; "
+                f"none has taken its place within {patience_s:.1f} s: {error.what}",
+                remedy="look at its log; start it with: stagingd serve",
+                peer=f"daemon (pid {dead})",
+            ) from error
+        log.warning("a daemon (pid %d) has taken the place of pid %d at %s", self._daemon.pid, dead, self.path)
+
+    def _ask(self, link: Link, message: wire.Request, deadline: float) -> wire.Answer:
+        """Raises what the daemon refuses, and what the link raises."""
+        self._requests += 1
+        request_id = struct.pack("<Q", self._requests)
+        got = wire.decode_answer(link.ask(request_id, wire.encode(message), deadline, message.kind))
+        if isinstance(got, wire.Refusal):
+            raise wire.refused(got)
+        return got
 
     def close(self) -> None:
         """Say goodbye, so that everything this connection held is given back. May be called twice."""
-        if self._socket.closed:
-            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            deadline = time.monotonic() + ANSWER_S
+            try:
+                self._say_goodbye(deadline)
+            except (DaemonUnreachable, Disconnected):
+                return  # there is nobody to say goodbye to
+            finally:
+                self._link.close()
+
+    def _say_goodbye(self, deadline: float) -> None:
         try:
-            self.request(wire.Bye(), wire.Done)
-        except (DaemonUnreachable, Disconnected):
-            return  # there is nobody to say goodbye to, or a restarted daemon that holds nothing of ours
-        finally:
-            if self._daemon is not None:
-                self._daemon.close()
-            self._socket.close(linger=0)
+            self._ask(self._link, wire.Bye(), deadline)
+        except (ConnectionLost, Disconnected):
+            # A restarted daemon believes that this connection will come back.
+            self._link.close()
+            self._link, _ = self._connect(deadline)
+            self._ask(self._link, wire.Bye(), deadline)
 
     def __enter__(self) -> Connection:
         return self
@@ -139,36 +162,15 @@ class Connection:
         self.close()
 
 
-def _check_trusted(path: Path) -> None:
-    """Whose socket it is, before a byte is sent to it."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-        raise DaemonUnreachable(
-            f"there is no daemon's socket at {path}: {error.strerror}",
-            remedy="start the daemon (stagingd serve), or name its socket",
-            peer=str(path),
-        ) from error
-    if not stat.S_ISSOCK(found.st_mode):
-        raise DaemonUnreachable(f"{path} is not a socket", remedy="name the daemon's control.sock", peer=str(path))
-    shared_group = found.st_mode & stat.S_IWGRP and found.st_gid in {os.getgid(), *os.getgroups()}
-    if found.st_uid not in (0, os.getuid()) and not shared_group:
-        raise SocketNotTrusted(
-            f"the socket {path} belongs to uid {found.st_uid}, not to this user (uid {os.getuid()}) or root",
-            remedy="name the socket of your own daemon, or join its group",
-            peer=str(path),
-        )
+def _once_more(message: wire.Request, deadline: float) -> wire.Request:
+    """The same request, of which it is not known whether it was carried out, for the time that is left."""
+    changes: dict[str, object] = {}
+    if "again" in type(message).model_fields:
+        changes["again"] = True
+    if "timeout_s" in type(message).model_fields:
+        changes["timeout_s"] = max(0.001, deadline - ANSWER_S - time.monotonic())
+    return message.model_copy(update=changes)
 
 
-def _check_listening(path: Path) -> None:
-    """ZeroMQ would try for ever to reach a socket that a dead daemon has left; the kernel knows at once."""
-    with socket.socket(socket.AF_UNIX) as trial:
-        trial.settimeout(ANSWER_S)
-        try:
-            trial.connect(str(path))
-        except OSError as error:
-            raise DaemonUnreachable(
-                f"nobody listens on {path}: {error.strerror}",
-                remedy="start the daemon: stagingd serve",
-                peer=str(path),
-            ) from error
+def _unexpected(message: wire.Request, got: wire.Answer) -> InternalError:
+    return InternalError(f"the daemon answers {message.kind} with {got.kind}", remedy="report this")

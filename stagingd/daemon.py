@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import signal
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,107 +20,149 @@ import zmq
 
 from stagingd import wire
 from stagingd.config import Settings
-from stagingd.errors import DaemonRunning, PeerDied, SocketNotTrusted
-from stagingd.liveness import Process
+from stagingd.connections import Connections
+from stagingd.errors import DaemonRunning, SocketNotTrusted
+from stagingd.liveness import Processes
+from stagingd.segment import Segment
 from stagingd.service import Outgoing, Service
+from stagingd.supervisor import Supervisor
 
 log = structlog.get_logger()
 
 HARD_LIMIT_BYTES = 2 * wire.MAX_MESSAGE_BYTES
 """ZeroMQ cuts a peer off that sends more than this; below it the refusal is a typed answer."""
 
+RECEIVE_QUEUE = 16
+"""Messages of one peer that ZeroMQ takes before they are read: with their size limit, its memory is bounded."""
+
+SEND_QUEUE = 64
+"""Answers kept for a peer that does not read them; later ones are dropped."""
+
+HANDSHAKE_S = 5.0
+"""A peer that connects and says nothing is cut off after so long."""
+
 
 class Daemon:
-    """Serves one runtime directory until SIGTERM or SIGINT.
+    """Serves one runtime directory until it is told to end.
+
+    SIGTERM, SIGINT and SIGHUP end it for good: all memory is given back. SIGUSR1 makes it hand over: it ends and
+    leaves everything to a successor, whose clients go on.
 
     Raises:
-        DaemonRunning: another daemon serves it.
+        DaemonRunning: another daemon serves the directory.
         SocketNotTrusted: the directory belongs to another user.
+        NotEnoughMemory: what an earlier daemon left may not be locked into memory.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self._settings = settings
-        self._service = Service(settings, time.monotonic, self._publish)
-        self._processes: dict[bytes, Process] = {}
+        self._supervisor = supervisor
         self._context = zmq.Context()
-        self._stopping = False
+        self._poller = zmq.Poller()
+        self._processes = Processes(lambda fd: self._poller.register(fd, zmq.POLLIN), self._poller.unregister)
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="stagingd-memory")
+        self._service = Service(settings, time.monotonic, self._publish, self._processes, self._submit)
+        self._signal = 0
+        self._wake_fd = -1
+        self._alive_said = 0.0
 
     def run(self) -> None:
-        """Serve. Returns after a clean shutdown: no socket, segment or lock file is left."""
+        """Serve. After a clean end no socket is left, and no segment unless it was handed over."""
         settings = self._settings
+        _raise_descriptor_limit()
         with _runtime_dir(settings), _only_one(settings.runtime_dir), self._signals() as wakeup:
-            self._router = self._bind(zmq.ROUTER, settings.control_socket)
-            self._router.setsockopt(zmq.MAXMSGSIZE, HARD_LIMIT_BYTES)
+            self._service.recover()
             self._events = self._bind(zmq.PUB, settings.event_socket)
+            self._router = self._context.socket(zmq.ROUTER)
+            self._connections = Connections(self._router)
+            self._bind(zmq.ROUTER, settings.control_socket)
             log.info("serving", pid=os.getpid(), socket=str(settings.control_socket))
+            self._supervisor.ready(f"serving {len(self._service.stages)} stages at {settings.control_socket}")
             try:
                 self._loop(wakeup)
             finally:
+                self._supervisor.stopping()
                 self._close()
         log.info("stopped", pid=os.getpid())
 
     def _bind(self, kind: int, path: Path) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 1000)
+        socket = self._router if kind == zmq.ROUTER else self._context.socket(kind)
+        for option, value in self._options(kind).items():
+            socket.setsockopt(option, value)
         path.unlink(missing_ok=True)  # left by a killed daemon: _only_one has seen that none lives
-        socket.bind(f"ipc://{path}")
-        os.chmod(path, 0o660 if self._settings.group else 0o600)
+        before = os.umask(0o117 if self._settings.group else 0o177)  # never open to others, not even for a moment
+        try:
+            socket.bind(f"ipc://{path}")
+        finally:
+            os.umask(before)
         os.chown(path, -1, self._settings.group_id)
         return socket
 
+    def _options(self, kind: int) -> dict[int, int]:
+        """All to be set before the socket is bound: ZeroMQ applies them to connections made later."""
+        options: dict[int, int] = {
+            zmq.LINGER: 1000,
+            zmq.SNDHWM: SEND_QUEUE,
+            zmq.HANDSHAKE_IVL: int(HANDSHAKE_S * 1000),
+            zmq.MAXMSGSIZE: HARD_LIMIT_BYTES if kind == zmq.ROUTER else 256,  # a PUB socket takes subscriptions only
+        }
+        if kind == zmq.ROUTER:
+            options[zmq.RCVHWM] = RECEIVE_QUEUE
+            if self._settings.heartbeat_s is not None:
+                options[zmq.HEARTBEAT_IVL] = max(1, int(self._settings.heartbeat_s * 1000 / 3))
+                options[zmq.HEARTBEAT_TIMEOUT] = max(1, int(self._settings.heartbeat_s * 1000))
+        return options
+
     def _loop(self, wakeup: int) -> None:
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(wakeup, zmq.POLLIN)
-        while not self._stopping:
-            for source, _ in poller.poll(self._wait_ms()):
+        for source in (self._router, self._connections.monitor, wakeup):
+            self._poller.register(source, zmq.POLLIN)
+        while not self._signal:
+            for source, _ in self._poller.poll(self._wait_ms()):
                 if source is self._router:
-                    self._receive(poller)
+                    self._receive()
+                elif source is self._connections.monitor:
+                    self._lose_connections()
                 elif source == wakeup:
                     os.read(wakeup, 4096)
                 else:
-                    self._bury(poller, source)
+                    self._bury(source)
             self._send(self._service.settle())
+            self._say_alive()
+
+    def _say_alive(self) -> None:
+        watchdog_s, now = self._supervisor.watchdog_s, time.monotonic()
+        if watchdog_s is not None and now >= self._alive_said + watchdog_s / 2:
+            self._supervisor.alive()
+            self._alive_said = now
 
     def _wait_ms(self) -> int | None:
-        deadline = self._service.next_deadline()
-        return None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
+        """Until the next deadline, or until the supervisor wants to hear of this process."""
+        deadline, watchdog_s = self._service.next_deadline(), self._supervisor.watchdog_s
+        waits = [] if deadline is None else [max(0, int((deadline - time.monotonic()) * 1000) + 1)]
+        if watchdog_s is not None:
+            waits.append(int(watchdog_s * 500))
+        return min(waits, default=None)
 
-    def _receive(self, poller: zmq.Poller) -> None:
+    def _receive(self) -> None:
         """Take what has arrived, a bounded number of messages at a time, so that deadlines keep their turn."""
         for _ in range(256):
             try:
-                identity, *rest = self._router.recv_multipart(zmq.NOBLOCK)
+                first, *rest = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            request_id = rest[0] if len(rest) == 2 else b""
-            body = rest[1] if len(rest) == 2 else b""
-            self._send(self._service.handle(identity, request_id, body))
-            self._watch(poller, identity)
+            self._lose_connections()
+            peer = self._connections.peer(first)
+            request_id, body = (frame.bytes for frame in rest) if len(rest) == 2 else (b"", b"")
+            self._send(self._service.handle(peer, request_id, body))
 
-    def _watch(self, poller: zmq.Poller, identity: bytes) -> None:
-        """Keep one pidfd per session: open it with the session, close it with the session."""
-        session, process = self._service.sessions.get(identity), self._processes.get(identity)
-        if session is not None and process is None:
-            try:
-                self._processes[identity] = Process(session.pid)
-            except PeerDied as error:
-                self._service.session_gone(identity, error.what)
-                self._send(self._service.settle())
-                return
-            poller.register(self._processes[identity].fd, zmq.POLLIN)
-        elif session is None and process is not None:
-            poller.unregister(process.fd)
-            self._processes.pop(identity).close()
+    def _lose_connections(self) -> None:
+        for identity in self._connections.lost():
+            self._send(self._service.connection_lost(identity))
 
-    def _bury(self, poller: zmq.Poller, fd: int) -> None:
-        # Asked again: since the poll the descriptor may have been closed, and its number given to a live process.
-        for identity in [i for i, process in self._processes.items() if process.fd == fd and process.ended]:
-            process = self._processes.pop(identity)
-            log.warning("peer_died", peer=str(self._service.sessions.get(identity)), pid=process.pid)
-            self._service.session_gone(identity, "died")
-            poller.unregister(fd)
-            process.close()
+    def _bury(self, fd: int) -> None:
+        pid = self._processes.ended(fd)
+        if pid is not None:
+            self._send(self._service.process_gone(pid))
 
     def _send(self, answers: Iterable[Outgoing]) -> None:
         for out in answers:
@@ -128,31 +172,53 @@ class Daemon:
     def _publish(self, event: wire.Event) -> None:
         self._events.send_multipart([event.stage.encode(), wire.encode(event)], zmq.NOBLOCK)
 
+    def _submit(self, work: Callable[[], Segment]) -> Future[Segment]:
+        future = self._background.submit(work)
+        future.add_done_callback(lambda _: self._wake())
+        return future
+
+    def _wake(self) -> None:
+        if self._wake_fd >= 0:
+            os.write(self._wake_fd, b"\0")
+
     @contextmanager
     def _signals(self) -> Iterator[int]:
-        """A descriptor that becomes readable when the daemon is asked to stop."""
-        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
-        previous = signal.set_wakeup_fd(writing)
+        """A descriptor that becomes readable when the daemon is asked to end, or memory has been made."""
+        reading, self._wake_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._stop) for number in numbers}
+        previous = signal.set_wakeup_fd(self._wake_fd)
         try:
             yield reading
         finally:
             signal.set_wakeup_fd(previous)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            writing, self._wake_fd = self._wake_fd, -1
             os.close(reading)
             os.close(writing)
 
-    def _stop(self, _number: int, _frame: object) -> None:
-        self._stopping = True
+    def _stop(self, number: int, _frame: object) -> None:
+        self._signal = number
 
     def _close(self) -> None:
-        self._send(self._service.stop())
-        for process in self._processes.values():
-            process.close()
+        # What is being made is finished first: only then is it known what there is to give back.
+        self._background.shutdown(wait=True)
+        if self._signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._send(self._service.stop())
+        else:  # also when the loop has failed: no version is lost by it
+            self._service.hand_over()
+        self._processes.close()
+        self._connections.close()
         self._context.destroy(linger=1000)
         self._settings.control_socket.unlink(missing_ok=True)
         self._settings.event_socket.unlink(missing_ok=True)
+
+
+def _raise_descriptor_limit() -> None:
+    """ZeroMQ ends the process when it can take no further connection: be far from that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

@@ -1,76 +1,165 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""The declaration of a stage: all trainer ranks say what they hold, then it is decided, once for all."""
+"""The declaration of a stage: all trainer ranks say what they hold, then its memory is made, once for all."""
 
 from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import msgpack
+from pydantic import ValidationError
 
 from stagingd import catalog
 from stagingd.buffer import Waiting
 from stagingd.catalog import Catalog, TensorDeclaration
-from stagingd.errors import CatalogMismatch, StagingError
+from stagingd.errors import CatalogMismatch, SegmentUnreadable, StagingError
+from stagingd.record import Record
+from stagingd.segment import Segment
 from stagingd.wire import Declare, StageOptions
+
+MakeSegment = Callable[[Catalog, bytes], Segment]
+"""Allocates a stage's memory, given its catalog and its terms."""
+
+Submit = Callable[[Callable[[], Segment]], "Future[Segment]"]
+"""Has it done in the background: for a large model it takes seconds."""
+
+
+class Terms(Record):
+    """What the ranks agreed on besides the catalog. It stands in the segment, so that it outlives the daemon.
+
+    ``digests`` are of each rank's tensors: a rank that comes back declares the same ones, replicas included.
+    """
+
+    options: StageOptions
+    digests: tuple[bytes, ...]
+
+    def encode(self) -> bytes:
+        """As it stands in the segment."""
+        packed: bytes = msgpack.packb(self.model_dump())
+        return packed
+
+    @classmethod
+    def decode(cls, segment: str, data: bytes) -> Terms:
+        """Read it. Raises SegmentUnreadable."""
+        try:
+            return cls.model_validate(msgpack.unpackb(data, use_list=False))
+        except (ValueError, msgpack.UnpackException, ValidationError) as error:
+            raise SegmentUnreadable(
+                f"the terms in segment {segment} are not readable: {error}",
+                remedy="declare the stage anew; its versions are lost",
+            ) from error
+
+    def check_same(self, message: Declare, made: Catalog) -> None:
+        """Refuse a rank that comes back with other tensors than the stage was made from. Raises CatalogMismatch."""
+        check_agreement(message, len(self.digests), self.options)
+        if digest(message.tensors) != self.digests[message.rank]:
+            raise _mismatch(message, f"{_difference(message, made)}, unlike at first")
 
 
 class Declaration:
-    """Collects what the ranks declare.
+    """Collects what the ranks declare, and has the memory made when all have.
 
-    ``error`` is set when the declarations do not fit together: every rank is told, nothing is made, and
-    the ranks start again with a new declaration.
+    ``error`` is set when the declarations do not fit together or there is no memory: every rank is told, nothing
+    is made, and the ranks start again with a new declaration.
     """
 
-    def __init__(self, stage: str, ranks: int, options: StageOptions) -> None:
+    def __init__(self, stage: str, ranks: int, options: StageOptions, make: MakeSegment, submit: Submit) -> None:
         self.stage = stage
         self.ranks = ranks
         self.options = options
         self.by_rank: dict[int, tuple[TensorDeclaration, ...]] = {}
+        self.terms: Terms | None = None
         self.error: StagingError | None = None
+        self._make = make
+        self._submit = submit
+        self._making: Future[Segment] | None = None
 
-    def add(self, message: Declare) -> Catalog | None:
-        """A rank declares. Returns the catalog when this was the last rank.
+    def anew(self) -> Declaration:
+        """A declaration of the same stage of which no rank has declared."""
+        return Declaration(self.stage, self.ranks, self.options, self._make, self._submit)
+
+    def add(self, message: Declare) -> None:
+        """A rank declares; the last one starts the making.
 
         Raises:
-            CatalogMismatch: the rank has another idea of the number of ranks or of the options.
-            StagingError: whatever ``catalog.build`` refuses; also kept in ``error``.
+            CatalogMismatch: the rank has another idea of the number of ranks, of the options, or, when it
+                declares once more, of its tensors.
         """
-        self.check_agreement(message)
+        check_agreement(message, self.ranks, self.options)
+        if self.terms is not None:
+            if digest(message.tensors) != self.terms.digests[message.rank]:
+                raise _mismatch(message, "it declares other tensors than at first")
+            return
         self.by_rank[message.rank] = message.tensors
-        if len(self.by_rank) < self.ranks:
+        if len(self.by_rank) == self.ranks:
+            everybody = [self.by_rank[rank] for rank in range(self.ranks)]
+            self.terms = terms = Terms(options=self.options, digests=tuple(map(digest, everybody)))
+            self._making = self._submit(lambda: self._made(everybody, terms))
+
+    def _made(self, everybody: Sequence[Sequence[TensorDeclaration]], terms: Terms) -> Segment:
+        return self._make(catalog.build(self.stage, everybody, self.options.grids), terms.encode())
+
+    def forget(self, rank: int) -> None:
+        """A rank is gone before all have declared."""
+        if self.terms is None:
+            self.by_rank.pop(rank, None)
+
+    def finish(self) -> Segment | None:
+        """The segment once it is made. None while it is not, and when it cannot be: see ``error``."""
+        if self._making is None or not self._making.done():
             return None
-        try:
-            return catalog.build(self.stage, [self.by_rank[rank] for rank in range(self.ranks)], self.options.grids)
-        except StagingError as error:
-            self.error = error
-            raise
-
-    def check_agreement(self, message: Declare) -> None:
-        """Refuse a rank that differs in what all ranks must have in common. Raises CatalogMismatch."""
-        ours = {"ranks": self.ranks, **self.options.model_dump()}
-        theirs = {"ranks": message.ranks, **message.options.model_dump()}
-        for what, value in ours.items():
-            if theirs[what] != value:
-                raise self._mismatch(message.rank, f"{what} is {theirs[what]}, but the stage's is {value}")
-        if message.rank >= self.ranks:
-            raise self._mismatch(message.rank, f"there are only {self.ranks} ranks")
-
-    def check_same(self, message: Declare) -> None:
-        """Refuse a rank that comes back with other tensors than the stage was made from. Raises CatalogMismatch."""
-        self.check_agreement(message)
-        before = {tensor.name: tensor for tensor in self.by_rank[message.rank]}
-        now = {tensor.name: tensor for tensor in message.tensors}
-        for name in before | now:
-            if before.get(name) != now.get(name):
-                raise self._mismatch(message.rank, f"tensor {name!r} is {now.get(name)}, but was {before.get(name)}")
-
-    def _mismatch(self, rank: int, what: str) -> CatalogMismatch:
-        return CatalogMismatch(
-            f"rank {rank} does not fit stage {self.stage!r}: {what}",
-            remedy=f"declare as before, or give the stage up first: stagingd drop {self.stage}",
-            stage=self.stage,
-            rank=rank,
-        )
+        failure = self._making.exception()
+        if failure is None:
+            return self._making.result()
+        if not isinstance(failure, StagingError):
+            raise failure
+        self.error = failure
+        return None
 
     @property
     def awaited(self) -> Waiting:
-        """The ranks that have not declared."""
+        """The ranks that have not declared; then the memory."""
+        if self.terms is not None:
+            return Waiting(f"the memory of stage {self.stage!r} to be allocated", ("the daemon",))
         missing = tuple(f"trainer rank {rank}" for rank in range(self.ranks) if rank not in self.by_rank)
         return Waiting(f"all {self.ranks} ranks of stage {self.stage!r} to declare", missing)
+
+
+def digest(tensors: Sequence[TensorDeclaration]) -> bytes:
+    """SHA-256 of one rank's declaration, in any order of its tensors."""
+    plain = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.boxes) for tensor in tensors)
+    return hashlib.sha256(msgpack.packb(plain)).digest()
+
+
+def check_agreement(message: Declare, ranks: int, options: StageOptions) -> None:
+    """Refuse a rank that differs in what all ranks must have in common. Raises CatalogMismatch."""
+    ours = {"ranks": ranks, **options.model_dump()}
+    theirs = {"ranks": message.ranks, **message.options.model_dump()}
+    for what, value in ours.items():
+        if theirs[what] != value:
+            raise _mismatch(message, f"{what} is {theirs[what]}, but the stage's is {value}")
+    if message.rank >= ranks:
+        raise _mismatch(message, f"there are only {ranks} ranks")
+
+
+def _difference(message: Declare, made: Catalog) -> str:
+    """In what a declaration differs from the stage, as far as the catalog tells."""
+    known = {tensor.name: tensor for tensor in made.tensors}
+    for tensor in message.tensors:
+        was = known.get(tensor.name)
+        if was is None:
+            return f"it declares tensor {tensor.name!r}, which the stage does not have"
+        if (tensor.dtype, tensor.shape) != (was.dtype, was.shape):
+            return f"tensor {tensor.name!r} is {tensor.dtype} {tensor.shape}, but was {was.dtype} {was.shape}"
+    return "it declares other tensors, or other boxes of them"
+
+
+def _mismatch(message: Declare, what: str) -> CatalogMismatch:
+    return CatalogMismatch(
+        f"rank {message.rank} does not fit stage {message.stage!r}: {what}",
+        remedy=f"declare as before, or give the stage up first: stagingd drop {message.stage}",
+        stage=message.stage,
+        rank=message.rank,
+    )

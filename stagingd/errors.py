@@ -137,6 +137,24 @@ class PeerDied(StagingError):
     code = "peer_died"
 
 
+class PeerNotVisible(StagingError):
+    """The daemon cannot see the process that speaks, so it could not learn of its end."""
+
+    code = "peer_not_visible"
+
+
+class PeerNotAdmitted(StagingError):
+    """The process that speaks runs as a user who may not use this daemon."""
+
+    code = "peer_not_admitted"
+
+
+class TooManyPeers(StagingError):
+    """The daemon has as many connections, questions or readers as it admits."""
+
+    code = "too_many_peers"
+
+
 class LeaseLost(StagingError):
     """The lease ended before it was released."""
 
@@ -161,8 +179,14 @@ class SegmentTaken(StagingError):
     code = "segment_taken"
 
 
+class SegmentForeign(StagingError):
+    """A shared memory segment belongs to another user, or was not made by stagingd."""
+
+    code = "segment_foreign"
+
+
 class SegmentUnreadable(StagingError):
-    """A shared memory segment is not one that this version of stagingd can read."""
+    """A shared memory segment is not there, damaged, or of a format that this version of stagingd cannot read."""
 
     code = "segment_unreadable"
 
@@ -177,6 +201,12 @@ class DaemonUnreachable(StagingError):
     """No daemon answers on the socket."""
 
     code = "daemon_unreachable"
+
+
+class ConnectionLost(DaemonUnreachable):
+    """The daemon ended, or cut this connection off."""
+
+    code = "connection_lost"
 
 
 class DaemonRunning(StagingError):

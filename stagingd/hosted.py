@@ -4,18 +4,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-import numpy as np
 import structlog
 
-from stagingd import wire
-from stagingd.boxes import Box
+from stagingd import state, wire
 from stagingd.buffer import DoubleBuffer, Slot, Waiting
-from stagingd.catalog import Catalog
-from stagingd.declaration import Declaration
+from stagingd.declaration import Declaration, Terms
 from stagingd.errors import (
     CatalogMismatch,
     CommitIncomplete,
@@ -23,24 +20,21 @@ from stagingd.errors import (
     OutOfOrder,
     RankTaken,
     StagingError,
+    TooManyPeers,
     VersionAborted,
 )
-from stagingd.moments import cells_of
+from stagingd.nonfinite import nonfinite_tensors
 from stagingd.segment import Segment
+from stagingd.session import Session
+from stagingd.state import StageState
 
 log = structlog.get_logger()
 
+MAX_READER_RANKS: Final = 1024
+"""Ranks of all engines of a stage together: the ledger has room for their leases."""
 
-@dataclass(eq=False)
-class Session:
-    """A connection that has said hello."""
-
-    identity: bytes
-    name: str
-    pid: int
-
-    def __str__(self) -> str:
-        return f"{self.name} (pid {self.pid})"
+Tell = Callable[[str, int | None, str], None]
+"""Called with every event: its name, the version concerned and details for people."""
 
 
 @dataclass
@@ -67,30 +61,27 @@ class Engine:
 class HostedStage:
     """A stage from its first declaration on.
 
-    Args:
-        declaration: the collecting declaration of its first rank.
-        make_segment: allocates the memory once the catalog is known.
-        tell: called with every event: its name, the version concerned and details for people.
+    ``revision`` rises with every change. ``save`` writes what changed to the segment's ledger, and ``adopt``
+    makes the stage again from there, in a daemon that was restarted.
     """
 
-    def __init__(
-        self,
-        declaration: Declaration,
-        make_segment: Callable[[Catalog], Segment],
-        tell: Callable[[str, int | None, str], None],
-    ) -> None:
-        self.name = declaration.stage
-        self.declaration = declaration
+    def __init__(self, name: str, ranks: int, options: wire.StageOptions, tell: Tell) -> None:
+        self.name = name
+        self.ranks = ranks
+        self.options = options
+        self.declaration: Declaration | None = None
+        self.terms: Terms | None = None
+        self.segment: Segment | None = None
         self.trainers: dict[int, Session] = {}
         self.engines: dict[str, Engine] = {}
-        self.segment: Segment | None = None
-        self.buffer = DoubleBuffer(declaration.ranks, declaration.options.policy)
+        self.buffer = DoubleBuffer(ranks, options.policy)
         self.sealed_versions = 0
         self.aborted_versions = 0
         self.begins_kept_waiting = 0
-        self._make_segment = make_segment
         self._tell = tell
         self._refused: tuple[int, StagingError] | None = None
+        self._changes = 0
+        self._saved: int | None = None
 
     @property
     def ready(self) -> bool:
@@ -100,57 +91,134 @@ class HostedStage:
     @property
     def deserted(self) -> bool:
         """Whether it holds nothing and nobody is declaring it: it may be forgotten."""
-        return not self.ready and not self.declaration.by_rank
+        declaration = self.declaration
+        return not self.ready and (declaration is None or not declaration.by_rank)
 
-    # Trainers
+    @property
+    def revision(self) -> int:
+        """Rises with every change."""
+        return self._changes + self.buffer.revision
+
+    # What outlives the daemon
+
+    def save(self) -> None:
+        """Write the state to the segment's ledger, if it has changed since."""
+        if self.segment is not None and self._saved != self.revision:
+            self.segment.ledger.write(state.encode(self._state()))
+            self._saved = self.revision
+
+    def _state(self) -> dict[str, object]:
+        sessions = list(dict.fromkeys(self._sessions()))
+        at = {session: index for index, session in enumerate(sessions)}
+        return {
+            "sessions": [session.record for session in sessions],
+            "trainers": [(rank, at[session]) for rank, session in self.trainers.items()],
+            "engines": [
+                {"name": name, "ranks": e.ranks, "members": [(rank, at[s]) for rank, s in e.members.items()]}
+                for name, e in self.engines.items()
+            ],
+            "buffer": state.buffer_state(self.buffer),
+            "sealed_versions": self.sealed_versions,
+            "aborted_versions": self.aborted_versions,
+            "begins_kept_waiting": self.begins_kept_waiting,
+        }
+
+    def _sessions(self) -> list[Session]:
+        readers = [session for engine in self.engines.values() for session in engine.members.values()]
+        return [*self.trainers.values(), *readers]
+
+    def uses(self, session: Session) -> bool:
+        """Whether a session speaks for a rank of this stage."""
+        return session in self._sessions()
+
+    @classmethod
+    def adopt(
+        cls, segment: Segment, terms: Terms, was: StageState, sessions: Sequence[Session], tell: Tell
+    ) -> HostedStage:
+        """Take over the stage of a daemon that has ended: front, sealed and half-filled versions, and leases.
+
+        Args:
+            segment, terms, was: what that daemon left.
+            sessions: those of ``was``, in its order.
+            tell: as for the stage itself.
+        """
+        stage = cls(segment.catalog.stage, segment.catalog.ranks, terms.options, tell)
+        stage.segment, stage.terms = segment, terms
+        stage.trainers = {rank: sessions[index] for rank, index in was.trainers}
+        for engine in was.engines:
+            members = {rank: sessions[index] for rank, index in engine.members}
+            stage.engines[engine.name] = Engine(engine.ranks, members)
+        stage.buffer = state.restored_buffer(was.buffer, stage.ranks, stage.options.policy)
+        stage.sealed_versions = was.sealed_versions
+        stage.aborted_versions = was.aborted_versions
+        stage.begins_kept_waiting = was.begins_kept_waiting
+        return stage
+
+    # Declaring
 
     def declare(self, session: Session, message: wire.Declare) -> Question:
         """A trainer rank declares its tensors, or comes back with the same ones."""
-        holder = self.trainers.get(message.rank)
-        if holder not in (None, session):
-            raise RankTaken(
-                f"rank {message.rank} of stage {self.name!r} is held by {holder}",
-                remedy="give every trainer process its own rank, and stop the other one",
-                stage=self.name,
-                rank=message.rank,
-                peer=str(holder),
-            )
+        self._check_free(self.trainers.get(message.rank), session, f"rank {message.rank} of stage {self.name!r}")
         declaration = self.declaration
-        if self.ready:
-            declaration.check_same(message)
-        else:
-            self._add_declaration(message)
+        if self.terms is not None:
+            self.terms.check_same(message, self._segment().catalog)
+        elif declaration is not None:
+            declaration.add(message)
         self.trainers[message.rank] = session
+        self._changes += 1
 
         def poll() -> wire.Answer | Waiting:
-            if declaration.error is not None:
+            if declaration is not None and declaration.error is not None:
                 raise declaration.error
             if self.segment is None:
-                return declaration.awaited
-            newest = self.buffer.newest_sealed
-            return wire.Declared(segment=self.segment.name, newest=newest)
+                return (declaration or self._founding()).awaited
+            return wire.Declared(segment=self.segment.name, newest=self.buffer.newest_sealed)
 
         return Question(poll, lambda _: self._forget_declaration(message.rank))
 
-    def _add_declaration(self, message: wire.Declare) -> None:
-        try:
-            catalog = self.declaration.add(message)
-            if catalog is not None:
-                self.segment = self._make_segment(catalog)
-                self._tell("declared", None, f"{len(catalog.tensors)} tensors, {self.segment.size} bytes")
-        except CatalogMismatch:
-            raise  # this rank is wrong; the others' declaration stands
-        except StagingError as error:
-            self.declaration.error = error
+    def make_progress(self) -> None:
+        """Take the memory that has been made, or tell the ranks why there is none."""
+        declaration = self.declaration
+        if declaration is None:
+            return
+        made = declaration.finish()
+        if made is not None:
+            self.segment, self.terms, self.declaration = made, declaration.terms, None
+            self._changes += 1
+            self._tell("declared", None, f"{len(made.catalog.tensors)} tensors, {made.size} bytes")
+        elif declaration.error is not None:
             self.trainers.clear()
-            options = self.declaration.options
-            self.declaration = Declaration(self.name, self.declaration.ranks, options)
-            raise
+            self.declaration = declaration.anew()
+            self._changes += 1
+            self._tell("declaration_refused", None, declaration.error.what)
+
+    def _founding(self) -> Declaration:
+        if self.declaration is None:
+            raise OutOfOrder(f"stage {self.name!r} is not being declared", remedy="declare it", stage=self.name)
+        return self.declaration
 
     def _forget_declaration(self, rank: int) -> None:
-        if not self.ready:
-            self.declaration.by_rank.pop(rank, None)
+        if self.declaration is not None and self.declaration.terms is None:
+            self.declaration.forget(rank)
             self.trainers.pop(rank, None)
+            self._changes += 1
+
+    def _check_free(self, holder: Session | None, session: Session, what: str) -> None:
+        """Refuse a rank that another session speaks for. Raises RankTaken."""
+        if holder in (None, session):
+            return
+        if holder.identity is None and holder.pid and (holder.pid, holder.uid) == (session.pid, session.uid):
+            # The same process has closed that connection, and the daemon was away when it said goodbye.
+            self.session_gone(holder, "opened another connection")
+            return
+        raise RankTaken(
+            f"{what} is held by {holder}",
+            remedy="give every process its own rank and every engine its own name, and stop the other one",
+            stage=self.name,
+            peer=str(holder),
+        )
+
+    # Trainers
 
     def begin(self, session: Session, message: wire.Begin) -> Question:
         """A trainer rank wants a slot to fill."""
@@ -160,7 +228,7 @@ class HostedStage:
         def poll() -> wire.Answer | Waiting:
             nonlocal waited
             fresh = self.buffer.filling is None
-            slot = self.buffer.begin(message.rank, message.version)
+            slot = self.buffer.begin(message.rank, message.version, again=message.again)
             if isinstance(slot, Slot):
                 if fresh:
                     self._refused = None
@@ -169,6 +237,7 @@ class HostedStage:
             if not waited:
                 waited = True
                 self.begins_kept_waiting += 1
+                self._changes += 1
             return self._with_engines(slot)
 
         return Question(poll)
@@ -192,7 +261,7 @@ class HostedStage:
                 version=message.version,
                 rank=message.rank,
             )
-        if self.buffer.commit(message.rank, message.version):
+        if self.buffer.commit(message.rank, message.version, again=message.again):
             self._seal(segment)
 
         def poll() -> wire.Answer | Waiting:
@@ -219,7 +288,7 @@ class HostedStage:
         if poisoned:
             listed = ", ".join(f"{name} ({count})" for name, count in list(poisoned.items())[:5])
             more = f" and {len(poisoned) - 5} more tensors" if len(poisoned) > 5 else ""
-            if self.declaration.options.on_non_finite is wire.OnNonFinite.REJECT:
+            if self.options.on_non_finite is wire.OnNonFinite.REJECT:
                 self._refuse(filling.version, f"{listed}{more}", next(iter(poisoned)))
                 return
             log.warning("non_finite_values", stage=self.name, version=filling.version, tensors=poisoned)
@@ -257,7 +326,7 @@ class HostedStage:
 
     def attach(self, session: Session, message: wire.Attach) -> wire.Answer:
         """A reader rank joins its engine."""
-        engine = self.engines.get(message.engine) or Engine(message.ranks)
+        engine = self.engines.get(message.engine) or self._new_engine(message)
         if engine.ranks != message.ranks or message.rank >= message.ranks:
             raise CatalogMismatch(
                 f"engine {message.engine!r} rank {message.rank} of {message.ranks} attaches, "
@@ -267,36 +336,46 @@ class HostedStage:
                 rank=message.rank,
             )
         holder = engine.members.get(message.rank)
-        if holder not in (None, session):
-            raise RankTaken(
-                f"rank {message.rank} of engine {message.engine!r} is held by {holder}",
-                remedy="give every engine its own name",
-                stage=self.name,
-                rank=message.rank,
-                peer=str(holder),
-            )
-        engine.members[message.rank] = session
-        self.engines[message.engine] = engine
+        self._check_free(holder, session, f"rank {message.rank} of engine {message.engine!r}")
+        if holder is not session:
+            engine.members[message.rank] = session
+            self.engines[message.engine] = engine
+            self._changes += 1
         return wire.Attached(segment=self._segment().name, newest=self.buffer.newest_sealed)
 
-    def lease(self, session: Session, message: wire.LeaseVersion, granted: Callable[[int], float]) -> Question:
-        """A reader rank wants a version; ``granted`` gives the seconds that a lease is good for."""
+    def _new_engine(self, message: wire.Attach) -> Engine:
+        ranks = sum(engine.ranks for engine in self.engines.values())
+        if ranks + message.ranks > MAX_READER_RANKS:
+            raise TooManyPeers(
+                f"engine {message.engine!r} has {message.ranks} ranks, and {ranks} others read stage {self.name!r}",
+                remedy=f"read a stage with at most {MAX_READER_RANKS} ranks on one node",
+                stage=self.name,
+            )
+        return Engine(message.ranks)
+
+    def lease(
+        self, session: Session, message: wire.LeaseVersion, clock: Callable[[], float], lease_s: float
+    ) -> Question:
+        """A reader rank wants a version; a lease granted for it is good for ``lease_s`` seconds."""
         engine = self._check_reader(session, message.engine, message.rank)
 
         def poll() -> wire.Answer | Waiting:
+            now, fresh = clock(), self.buffer.next_lease
             lease = self.buffer.lease(
                 message.engine,
                 engine.ranks,
                 message.rank,
                 version=message.version,
                 newer_than=message.newer_than,
+                until=now + lease_s,
+                again=message.again,
             )
             if isinstance(lease, Waiting):
                 return lease
-            if len(lease.holding) == 1 and not lease.done:
+            if lease.id == fresh:
                 self._tell("leased", lease.version, f"engine {lease.engine!r}")
             return wire.Leased(
-                lease=lease.id, version=lease.version, slot=lease.slot.index, deadline_s=granted(lease.id)
+                lease=lease.id, version=lease.version, slot=lease.slot.index, deadline_s=lease.until - now
             )
 
         return Question(poll)
@@ -306,17 +385,16 @@ class HostedStage:
         lease = self.buffer.leases.get(message.lease)
         if lease is not None:
             self._check_reader(session, lease.engine, message.rank)
-        self.buffer.release(message.lease, message.rank)
+        self.buffer.release(message.lease, message.rank, again=message.again)
         if lease is not None and lease.complete:
             self._tell("released", lease.version, f"engine {lease.engine!r}")
         return wire.Done()
 
-    def end_lease(self, lease_id: int) -> None:
-        """A lease's time is up: it is taken from the ranks that have not released it."""
-        lease = self.buffer.leases.get(lease_id)
-        if lease is not None:
+    def end_leases(self, now: float) -> None:
+        """Leases whose time is up are taken from the ranks that have not released them."""
+        for lease in [lease for lease in self.buffer.leases.values() if lease.until <= now]:
             reason = f"engine {lease.engine!r} ranks {lease.missing} did not release version {lease.version} in time"
-            self.buffer.end_lease(lease_id, reason)
+            self.buffer.end_lease(lease.id, reason)
             self._tell("lease_lost", lease.version, reason)
 
     # Both
@@ -325,6 +403,7 @@ class HostedStage:
         """A peer has closed its connection or died: what it held is given back at once."""
         for rank in [rank for rank, holder in self.trainers.items() if holder is session]:
             del self.trainers[rank]
+            self._changes += 1
             self._forget_declaration(rank)
             version = self.buffer.trainer_gone(rank, f"trainer rank {rank}, {session}, {how}")
             if version is not None:
@@ -333,6 +412,7 @@ class HostedStage:
         for name, engine in list(self.engines.items()):
             for rank in [rank for rank, holder in engine.members.items() if holder is session]:
                 del engine.members[rank]
+                self._changes += 1
                 self.buffer.reader_gone(name, rank)
             if not engine.members:
                 del self.engines[name]
@@ -364,20 +444,3 @@ class HostedStage:
                 rank=rank,
             )
         return engine
-
-
-def nonfinite_tensors(segment: Segment, slot: int) -> dict[str, int]:
-    """The tensors of a slot that hold NaN or infinite values, with how many."""
-    catalog, counts = segment.catalog, segment.moments(slot).nonfinite
-    if not np.any(counts):
-        return {}
-    grid, found = catalog.grids[0], dict[str, int]()
-    for owned in catalog.owned:
-        tensor = catalog.tensors[owned.tensor]
-        if not tensor.has_moments:
-            continue
-        cells: Box = cells_of(grid, tensor.shape, owned.box)
-        count = int(counts[owned.first_cell : owned.first_cell + math.prod(cells.lengths)].sum())
-        if count:
-            found[tensor.name] = found.get(tensor.name, 0) + count
-    return found

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -16,8 +16,9 @@ class Record(BaseModel):
 
 
 Name = Annotated[str, Field(min_length=1, max_length=512)]
-StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Rank = Annotated[int, Field(ge=0, lt=1 << 20)]
-RankCount = Annotated[int, Field(ge=1, le=1 << 20)]
+STAGE_NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+StageName = Annotated[str, Field(pattern=rf"^{STAGE_NAME}$")]
+Rank = Annotated[int, Field(ge=0, lt=1 << 14)]
+RankCount = Annotated[int, Field(ge=1, le=1 << 14)]
 Version = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]

@@ -1,98 +1,69 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""A stage's shared memory: a superblock, the catalog and two slots in one POSIX segment.
+"""A stage's shared memory: superblock, ledger, catalog and two slots in one POSIX segment.
 
-    0            superblock: magic, format, sizes, checksum of the catalog
-    4096         the catalog, as msgpack
-    header_bytes slot 0: tensors, then their moments
-    + slot_bytes slot 1
-
-The daemon creates segments and removes them; clients map them. Memory is allocated when the segment
-is made, so that a machine that runs out says so then and there, and never by SIGBUS later.
+The daemon makes segments, keeps them locked as its own (``flock``) and removes them; clients map them. A
+daemon that was killed leaves them, and its successor adopts them. A segment gets its name when all of it
+stands: whoever finds the name finds a whole segment. Memory is allocated when the segment is made, so that
+a machine that runs out says so then and there, and never by SIGBUS later.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import fcntl
 import mmap
 import os
-import resource
-import struct
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgpack
 import posix_ipc
-import psutil
+from pydantic import ValidationError
 
+from stagingd import superblock
 from stagingd.catalog import Catalog
-from stagingd.errors import NotEnoughMemory, SegmentTaken, SegmentUnreadable, SegmentUnusable
+from stagingd.errors import NotEnoughMemory, SegmentForeign, SegmentTaken, SegmentUnreadable, SegmentUnusable
+from stagingd.ledger import Ledger
+from stagingd.memory import check_room, gib, lock_pages
 from stagingd.moments import StoredMoments, stored_bytes
+from stagingd.superblock import PAGE, Superblock, page_aligned
 
-MAGIC: Final = b"STAGINGD"
-FORMAT: Final = 1
-PAGE: Final = mmap.PAGESIZE
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX segments, not a temporary folder
-_SUPERBLOCK: Final = struct.Struct("<8sIIQQQQI")
-"""magic, format, daemon's pid, header bytes, catalog bytes, slot bytes, segment bytes, catalog's CRC-32"""
+UNFINISHED: Final = "~making"
+"""End of a segment's name while it is being made; no stage's name can hold it."""
 
-
-@dataclass(frozen=True)
-class Superblock:
-    """The first bytes of a segment."""
-
-    pid: int
-    header_bytes: int
-    catalog_bytes: int
-    slot_bytes: int
-    catalog_checksum: int
-
-    @property
-    def segment_bytes(self) -> int:
-        """Size of the whole segment."""
-        return self.header_bytes + 2 * self.slot_bytes
-
-    def pack(self) -> bytes:
-        """As it stands in the segment."""
-        sizes = (self.header_bytes, self.catalog_bytes, self.slot_bytes, self.segment_bytes)
-        return _SUPERBLOCK.pack(MAGIC, FORMAT, self.pid, *sizes, self.catalog_checksum)
-
-    @classmethod
-    def unpack(cls, name: str, data: bytes) -> Superblock:
-        """Read it. Raises SegmentUnreadable when it is not ours, or of another format."""
-        if len(data) < _SUPERBLOCK.size or data[: len(MAGIC)] != MAGIC:
-            raise SegmentUnreadable(
-                f"segment {name} was not made by stagingd", remedy="remove it, or use another segment_prefix"
-            )
-        _, fmt, pid, header, catalog, slot, _, checksum = _SUPERBLOCK.unpack_from(data)
-        if fmt != FORMAT:
-            raise SegmentUnreadable(
-                f"segment {name} has format {fmt}, this stagingd reads format {FORMAT}",
-                remedy="use the same version of stagingd everywhere",
-            )
-        return cls(pid, header, catalog, slot, checksum)
+_LEDGER_BASE: Final = 2**20
+_LEDGER_PER_RANK: Final = 2**10
+"""Bytes per place of the ledger: enough for as many readers as a stage admits, and for every trainer rank."""
 
 
 class Segment:
-    """A mapped segment. Use ``create`` in the daemon, ``open_existing`` in a client; close it when done.
+    """A mapped segment: ``create`` or ``adopt`` it in the daemon, ``open_existing`` it in a client; close it when done.
 
     Attributes:
         name: the POSIX name, with its leading slash.
         catalog: what is where.
+        terms: what the ranks agreed on besides, as the daemon wrote it.
         size: bytes in all.
+        ledger: the state that the daemon keeps in it.
     """
 
-    def __init__(self, name: str, mapping: mmap.mmap, catalog: Catalog, superblock: Superblock) -> None:
+    def __init__(
+        self, name: str, mapping: mmap.mmap, catalog: Catalog, found: Superblock, owned_fd: int | None = None
+    ) -> None:
         self.name = name
         self.catalog = catalog
-        self.size = superblock.segment_bytes
-        self._superblock = superblock
+        self.terms = bytes(mapping[found.terms_at : found.terms_at + found.terms_bytes])
+        self.size = found.segment_bytes
+        self.ledger = Ledger(memoryview(mapping)[PAGE : PAGE + found.ledger_bytes])
+        self._superblock = found
         self._mapping = mapping
+        self._owned_fd = owned_fd
 
     def slot(self, index: int) -> memoryview:
         """The bytes of slot 0 or 1."""
@@ -105,10 +76,14 @@ class Segment:
         return StoredMoments(self.slot(index)[at : at + stored_bytes(cells)], cells)
 
     def close(self) -> None:
-        """Unmap the segment; it stays until the daemon removes it.
+        """Unmap the segment and give up its ownership; it stays until the daemon removes it.
 
         Views that are still in use keep the mapping alive: it goes with the last of them.
         """
+        if self._owned_fd is not None:
+            os.close(self._owned_fd)
+            self._owned_fd = None
+        self.ledger.close()
         try:
             self._mapping.close()
         except BufferError:
@@ -116,132 +91,187 @@ class Segment:
 
     def unlink(self) -> None:
         """Remove the segment's name; the memory goes when the last process has unmapped it."""
-        try:
-            posix_ipc.unlink_shared_memory(self.name)
-        except posix_ipc.ExistentialError:
-            return
+        _unlink(self.name)
 
 
-def create(name: str, catalog: Catalog, *, lock: bool, mode: int = 0o600, group: int = -1) -> Segment:
+def create(
+    name: str,
+    catalog: Catalog,
+    *,
+    lock: bool,
+    terms: bytes = b"",
+    state: bytes = b"",
+    mode: int = 0o600,
+    group: int = -1,
+) -> Segment:
     """Make, allocate and, if ``lock``, page-lock a segment for a catalog.
 
     Args:
         name: its POSIX name.
         catalog: what it will hold.
         lock: keep it in physical memory (mlock).
+        terms: what else is to stand beside the catalog.
+        state: the ledger's first record.
         mode: permission bits.
         group: the Unix group's number, or -1 for the process's own.
 
     Raises:
         NotEnoughMemory: there is no room for two slots, or no permission to lock them. Nothing is left behind.
-        SegmentTaken: a segment of this name exists and its daemon lives, or it is not ours.
+        SegmentTaken: a segment of this name exists.
         SegmentUnusable: the system refuses it for another reason.
     """
     blob: bytes = msgpack.packb(catalog.model_dump())
-    header = _page_aligned(PAGE + len(blob))
-    superblock = Superblock(os.getpid(), header, len(blob), _page_aligned(catalog.slot_bytes), zlib.crc32(blob))
-    check_room(catalog.stage, superblock.segment_bytes, lock=lock)
-    _remove_orphan(name)
-    try:
-        mapping = _make(name, superblock, blob, catalog.stage, lock=lock, mode=mode, group=group)
-    except (OSError, posix_ipc.Error) as error:
-        raise SegmentUnusable(
-            f"segment {name} for stage {catalog.stage!r} cannot be made: {error}",
-            remedy="check the daemon's permissions on /dev/shm and its group setting",
-            stage=catalog.stage,
-        ) from error
-    return Segment(name, mapping, catalog, superblock)
-
-
-def _make(
-    name: str, superblock: Superblock, blob: bytes, stage: str, *, lock: bool, mode: int, group: int
-) -> mmap.mmap:
-    """Make and fill in a segment; nothing is left of it if anything fails."""
-    shared = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=mode)
-    with ExitStack() as undo, _closing(shared.fd):
-        undo.callback(posix_ipc.unlink_shared_memory, name)
-        os.fchmod(shared.fd, mode)
-        os.fchown(shared.fd, -1, group)
-        _allocate(shared.fd, stage, superblock.segment_bytes)
-        mapping = mmap.mmap(shared.fd, superblock.segment_bytes)
-        if lock:
-            _lock(mapping, stage)
-        mapping[PAGE : PAGE + len(blob)] = blob
-        mapping[: _SUPERBLOCK.size] = superblock.pack()
+    place = page_aligned(_LEDGER_BASE + catalog.ranks * _LEDGER_PER_RANK)
+    slot = page_aligned(catalog.slot_bytes)
+    block = Superblock(2 * place, len(blob), len(terms), slot, zlib.crc32(blob), zlib.crc32(terms))
+    check_room(catalog.stage, block.segment_bytes, SHARED_MEMORY, lock=lock)
+    making = name + UNFINISHED
+    discard(making)
+    with ExitStack() as undo:
+        try:
+            shared = posix_ipc.SharedMemory(making, posix_ipc.O_CREX, mode=mode)
+            undo.callback(os.close, shared.fd)
+            undo.callback(_unlink, making)
+            os.fchmod(shared.fd, mode)
+            os.fchown(shared.fd, -1, group)
+            _own(shared.fd, name)
+            _allocate(shared.fd, catalog.stage, block.segment_bytes)
+            mapping = mmap.mmap(shared.fd, block.segment_bytes)
+            if lock:
+                lock_pages(mapping, catalog.stage)
+            mapping[block.catalog_at : block.terms_at] = blob
+            mapping[block.terms_at : block.terms_at + len(terms)] = terms
+            mapping[: len(block.pack())] = block.pack()
+            made = Segment(name, mapping, catalog, block, shared.fd)
+            made.ledger.write(state)
+            _give_name(making, name)
+        except (OSError, posix_ipc.Error) as error:
+            raise SegmentUnusable(
+                f"segment {name} for stage {catalog.stage!r} cannot be made: {error}",
+                remedy="check the daemon's permissions on /dev/shm and its group setting",
+                stage=catalog.stage,
+            ) from error
         undo.pop_all()
-    return mapping
+    return made
+
+
+def discard(name: str) -> None:
+    """Remove a segment that a killed daemon has left half made, if there is one.
+
+    Raises:
+        SegmentTaken: a daemon is making it.
+        SegmentForeign: it belongs to another user.
+    """
+    try:
+        shared = posix_ipc.SharedMemory(name)
+    except posix_ipc.ExistentialError:
+        return
+    except posix_ipc.PermissionsError as error:
+        raise SegmentForeign(f"segment {name} belongs to another user", remedy="use another segment_prefix") from error
+    with _closing(shared.fd):
+        _own(shared.fd, name)
+        _unlink(name)
+
+
+def adopt(name: str, *, lock: bool) -> Segment:
+    """Take over a segment that a daemon of this user has left behind.
+
+    Raises:
+        SegmentTaken: its daemon lives.
+        SegmentForeign: it belongs to another user, or was not made by stagingd.
+        SegmentUnreadable: it is damaged, truncated, or of another format.
+        NotEnoughMemory: it may not be locked.
+    """
+    shared = _open(name, writable=True)
+    with ExitStack() as undo:
+        undo.callback(os.close, shared.fd)
+        found = os.fstat(shared.fd)
+        if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
+            raise SegmentForeign(
+                f"segment {name} belongs to uid {found.st_uid}, not to this daemon (uid {os.geteuid()})",
+                remedy="remove it, or use another segment_prefix",
+            )
+        _own(shared.fd, name)
+        block, mapping, catalog = _map(name, shared.fd, mmap.ACCESS_WRITE)
+        terms = mapping[block.terms_at : block.terms_at + block.terms_bytes]
+        if zlib.crc32(terms) != block.terms_checksum:
+            raise _damaged(f"the terms in segment {name} are damaged")
+        if lock:
+            lock_pages(mapping, catalog.stage)
+        undo.pop_all()
+    return Segment(name, mapping, catalog, block, shared.fd)
 
 
 def open_existing(name: str, *, writable: bool) -> Segment:
     """Map a segment that the daemon has made.
 
     Raises:
-        SegmentUnreadable: it is not there, not ours, damaged, or of another format.
+        SegmentForeign, SegmentUnreadable: it is not there, not ours, damaged, or of another format.
     """
+    shared = _open(name, writable=writable)
+    with _closing(shared.fd):
+        block, mapping, catalog = _map(name, shared.fd, mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+    return Segment(name, mapping, catalog, block)
+
+
+def _open(name: str, *, writable: bool) -> posix_ipc.SharedMemory:
     try:
-        shared = posix_ipc.SharedMemory(name, read_only=not writable)
+        return posix_ipc.SharedMemory(name, read_only=not writable)
     except (posix_ipc.ExistentialError, posix_ipc.PermissionsError) as error:
         raise SegmentUnreadable(
             f"segment {name} cannot be opened: {error}",
             remedy="check that the daemon runs and that you are in its group",
         ) from error
-    with _closing(shared.fd):
-        superblock = Superblock.unpack(name, os.pread(shared.fd, PAGE, 0))
-        if os.fstat(shared.fd).st_size < superblock.segment_bytes:
-            raise SegmentUnreadable(f"segment {name} is truncated", remedy="restart the daemon")
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        mapping = mmap.mmap(shared.fd, superblock.segment_bytes, access=access)
-    blob = bytes(mapping[PAGE : PAGE + superblock.catalog_bytes])
-    if zlib.crc32(blob) != superblock.catalog_checksum:
-        raise SegmentUnreadable(f"the catalog in segment {name} is damaged", remedy="restart the daemon")
-    catalog = Catalog.model_validate(msgpack.unpackb(blob, use_list=False))
-    return Segment(name, mapping, catalog, superblock)
 
 
-def check_room(stage: str, size: int, *, lock: bool) -> None:
-    """Refuse a segment that cannot be had, before anything is allocated. Raises NotEnoughMemory."""
-    shm = os.statvfs(SHARED_MEMORY)
-    limits = {
-        "free in /dev/shm": (shm.f_bavail * shm.f_frsize, "enlarge /dev/shm (in a container: --shm-size)"),
-        "of available memory": (psutil.virtual_memory().available, "use a machine with more memory"),
-    }
-    if lock and not _may_lock_anything():
-        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        if soft != resource.RLIM_INFINITY:
-            remedy = "raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false"
-            limits["may be locked"] = (soft, remedy)
-    for what, (room, remedy) in limits.items():
-        if size > room:
-            raise NotEnoughMemory(
-                f"stage {stage!r} needs {_gib(size)} for two versions, but {_gib(room)} {what}",
-                remedy=f"{remedy}, or stage fewer tensors",
-                stage=stage,
-            )
-
-
-def _may_lock_anything() -> bool:
-    """Whether the process has CAP_IPC_LOCK, to which the locking limit does not apply."""
-    status = Path("/proc/self/status").read_text()
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective.split()[1], 16) >> 14 & 1)
-
-
-def _remove_orphan(name: str) -> None:
-    """Remove a segment that a killed daemon left behind; refuse one that is in use or not ours."""
+def _map(name: str, fd: int, access: int) -> tuple[Superblock, mmap.mmap, Catalog]:
+    block = superblock.unpack(name, os.pread(fd, PAGE, 0))
+    size = os.fstat(fd).st_size
+    if size != block.segment_bytes:
+        raise _damaged(f"segment {name} is truncated: it has {size} of {block.segment_bytes} bytes")
+    mapping = mmap.mmap(fd, size, access=access)
+    blob = mapping[block.catalog_at : block.terms_at]
+    if zlib.crc32(blob) != block.catalog_checksum:
+        raise _damaged(f"the catalog in segment {name} is damaged")
     try:
-        shared = posix_ipc.SharedMemory(name, read_only=True)
+        catalog = Catalog.model_validate(msgpack.unpackb(blob, use_list=False))
+    except ValidationError as error:
+        raise _damaged(f"the catalog in segment {name} is not one: {error.error_count()} fields are wrong") from error
+    return block, mapping, catalog
+
+
+def _damaged(what: str) -> SegmentUnreadable:
+    return SegmentUnreadable(what, remedy="restart the daemon, which sets it aside, and declare the stage anew")
+
+
+def _own(fd: int, name: str) -> None:
+    """Mark the segment as this daemon's. The kernel lets go of it when the daemon ends, however it ends."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SegmentTaken(
+            f"segment {name} is in use by another daemon",
+            remedy="stop that daemon, or use another segment_prefix",
+        ) from error
+
+
+def _give_name(making: str, name: str) -> None:
+    """Not by a rename, which would silently replace a segment of that name."""
+    try:
+        os.link(SHARED_MEMORY / making.lstrip("/"), SHARED_MEMORY / name.lstrip("/"))
+    except FileExistsError as error:
+        raise SegmentTaken(
+            f"a segment {name} exists that this daemon did not make",
+            remedy="look at the daemon's log; remove the segment, or use another segment_prefix",
+        ) from error
+    _unlink(making)
+
+
+def _unlink(name: str) -> None:
+    try:
+        posix_ipc.unlink_shared_memory(name)
     except posix_ipc.ExistentialError:
         return
-    except posix_ipc.PermissionsError as error:
-        raise SegmentTaken(f"segment {name} belongs to another user", remedy="use another segment_prefix") from error
-    with _closing(shared.fd):
-        superblock = Superblock.unpack(name, os.pread(shared.fd, PAGE, 0))
-    if superblock.pid != os.getpid() and psutil.pid_exists(superblock.pid):
-        raise SegmentTaken(
-            f"segment {name} is in use by the daemon with pid {superblock.pid}",
-            remedy="stop that daemon, or use another segment_prefix",
-        )
-    posix_ipc.unlink_shared_memory(name)
 
 
 def _allocate(fd: int, stage: str, size: int) -> None:
@@ -251,26 +281,10 @@ def _allocate(fd: int, stage: str, size: int) -> None:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
         raise NotEnoughMemory(
-            f"stage {stage!r} needs {_gib(size)} for two versions: {os.strerror(error.errno)}",
+            f"stage {stage!r} needs {gib(size)} for two versions: {os.strerror(error.errno)}",
             remedy="free memory, or enlarge /dev/shm",
             stage=stage,
         ) from error
-
-
-def _lock(mapping: mmap.mmap, stage: str) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
-    failed = libc.mlock(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapping)))
-    number = ctypes.get_errno()
-    size = len(mapping)
-    del view  # or the mapping could never be closed
-    if failed:
-        mapping.close()
-        raise NotEnoughMemory(
-            f"stage {stage!r} cannot lock {_gib(size)}: {os.strerror(number)}",
-            remedy="raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false",
-            stage=stage,
-        )
 
 
 @contextmanager
@@ -279,11 +293,3 @@ def _closing(fd: int) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
-
-
-def _page_aligned(size: int) -> int:
-    return -(-size // PAGE) * PAGE
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3f} GiB"

@@ -2,35 +2,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's mind, apart from its sockets: a request comes in, answers and events go out.
 
-``handle`` takes one request; ``answers`` then gives every answer that has become possible, to this
-request or to an earlier one that had to wait. Time comes from a clock that is passed in.
+Every entry returns the answers that have become possible, to this request or to an earlier one that had to
+wait. What they say stands in the ledgers before they are returned. Time comes from a clock that is passed in.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import structlog
 
 from stagingd import segment, wire
+from stagingd.admission import check_admitted
 from stagingd.buffer import Waiting
 from stagingd.catalog import Catalog
 from stagingd.config import Settings
-from stagingd.declaration import Declaration
+from stagingd.declaration import Declaration, Submit
 from stagingd.errors import (
     DaemonUnreachable,
     DeadlineExceeded,
-    Disconnected,
     MessageRefused,
     MessageTooLarge,
     OutOfOrder,
     StagingError,
     UnknownStage,
 )
-from stagingd.hosted import HostedStage, Question, Session
+from stagingd.hosted import HostedStage, Question, Tell
+from stagingd.liveness import Processes
+from stagingd.recovery import Left, recover
 from stagingd.segment import Segment
+from stagingd.session import Peer, Session, Sessions
 
 log = structlog.get_logger()
 
@@ -49,7 +52,7 @@ class Outgoing:
 
 @dataclass(eq=False)
 class Pending:
-    """A question that waits: who asked, until when."""
+    """A question that waits: who asked, until when. ``seen`` is the state of its stage when it was last asked."""
 
     session: Session
     request_id: bytes
@@ -58,6 +61,7 @@ class Pending:
     deadline: float
     since: float
     waiting: Waiting
+    seen: tuple[int, int] | None
 
 
 @dataclass
@@ -66,53 +70,58 @@ class Service:
 
     Args:
         settings: the daemon's settings.
-        clock: monotonic time in seconds.
+        clock: the machine's monotonic time in seconds, which goes on when the daemon is restarted.
         event: called with every event.
+        processes: watches the clients' processes.
+        submit: has memory made in the background; ``settle`` is to be called when it is done.
     """
 
     settings: Settings
     clock: Callable[[], float]
     event: Callable[[wire.Event], None]
+    processes: Processes
+    submit: Submit
     stages: dict[str, HostedStage] = field(default_factory=dict)
-    sessions: dict[bytes, Session] = field(default_factory=dict)
-    pending: list[Pending] = field(default_factory=list)
-    lease_deadlines: dict[tuple[str, int], float] = field(default_factory=dict)
+    pending: dict[Session, Pending] = field(default_factory=dict)
     refused_messages: int = 0
 
     def __post_init__(self) -> None:
+        self.sessions = Sessions(self.processes, heartbeats=self.settings.heartbeat_s is not None)
         self._started = self.clock()
         self._warned: dict[bytes, None] = {}
+        self._events: list[wire.Event] = []
+        self._answers: list[Outgoing] = []
 
     # Requests
 
-    def handle(self, identity: bytes, request_id: bytes, body: bytes) -> Iterator[Outgoing]:
-        """Take one message. Yields every answer that it makes possible; a refusal changes nothing."""
+    def handle(self, peer: Peer, request_id: bytes, body: bytes) -> list[Outgoing]:
+        """Take one message; a refusal changes nothing."""
         try:
             request = wire.decode_request(body)
-            answer = self._dispatch(identity, request_id, request)
+            answer = self._dispatch(peer, request_id, request)
         except StagingError as error:
-            if identity not in self.sessions or isinstance(error, MessageRefused | MessageTooLarge):
-                self._count_refusal(identity, error)
+            if self.sessions.find(peer.identity) is None or isinstance(error, MessageRefused | MessageTooLarge):
+                self._count_refusal(peer, error)
             answer = wire.refusal(error)
-        if answer is not None:
-            yield Outgoing(identity, request_id, answer)
-        yield from self._settle()
+        answers = [] if answer is None else [Outgoing(peer.identity, request_id, answer)]
+        return answers + self._settle()
 
-    def _count_refusal(self, identity: bytes, error: StagingError) -> None:
+    def _count_refusal(self, peer: Peer, error: StagingError) -> None:
         """Count it, and log the first of each peer: one that sends nothing else must not fill the disk."""
         self.refused_messages += 1
-        if identity not in self._warned:
-            session = self.sessions.get(identity)
-            log.warning("message_refused", peer=str(session or identity.hex()), code=error.code, what=error.what)
-            self._warned[identity] = None
-            for oldest in list(self._warned)[:-WARNED_PEERS]:
-                del self._warned[oldest]
+        if peer.identity not in self._warned:
+            who = str(self.sessions.find(peer.identity) or f"uid {peer.uid}, pid {peer.pid}")
+            log.warning("message_refused", peer=who, code=error.code, what=error.what)
+            self._warned[peer.identity] = None
+            if len(self._warned) > WARNED_PEERS:
+                del self._warned[next(iter(self._warned))]
 
-    def _dispatch(self, identity: bytes, request_id: bytes, request: wire.Request) -> wire.Answer | None:
+    def _dispatch(self, peer: Peer, request_id: bytes, request: wire.Request) -> wire.Answer | None:
         """The answer, or None when it has to wait."""
         if isinstance(request, wire.Hello):
-            return self._hello(identity, request)
-        session = self._session(identity)
+            return self._hello(peer, request)
+        session = self.sessions.require(peer.identity)
+        self._supersede(session)
         match request:
             case wire.Declare():
                 question = self._declare(session, request)
@@ -121,7 +130,8 @@ class Service:
             case wire.Commit():
                 question = self._stage(request.stage).commit(session, request)
             case wire.LeaseVersion():
-                question = self._lease(session, request)
+                lease_s = self.settings.lease_s
+                question = self._stage(request.stage).lease(session, request, self.clock, lease_s)
             case wire.Attach():
                 question = self._attach(session, request)
             case wire.Abort():
@@ -131,11 +141,23 @@ class Service:
             case wire.Status():
                 return self.status()
             case wire.Drop():
-                return self._drop(request.stage)
+                return self._drop(request)
             case wire.Bye():
-                self.session_gone(identity, "closed its connection")
+                self._session_gone(session, "closed its connection")
                 return wire.Done()
         return self._ask(session, request_id, request.stage, question, request.timeout_s)
+
+    def _supersede(self, session: Session) -> None:
+        """Who asks anew does not wait for the answer before: it has given up. So nobody's questions pile up."""
+        before = self.pending.pop(session, None)
+        if before is not None:
+            error = OutOfOrder(
+                f"{session} asked anew while it was waiting for {before.waiting.what}",
+                remedy="wait for an answer before the next request, or open a second connection",
+                peer=str(session),
+            )
+            before.question.give_up(error.what)
+            self._answers += self._outgoing(before, wire.refusal(error))
 
     def _ask(
         self, session: Session, request_id: bytes, stage: str, question: Question, timeout_s: float
@@ -144,25 +166,34 @@ class Service:
         answer = question.poll()
         if not isinstance(answer, Waiting):
             return answer
-        self.pending.append(Pending(session, request_id, stage, question, now + timeout_s, now, answer))
+        seen = self._seen(stage)
+        self.pending[session] = Pending(session, request_id, stage, question, now + timeout_s, now, answer, seen)
         return None
 
-    def _hello(self, identity: bytes, request: wire.Hello) -> wire.Welcome:
+    def _hello(self, peer: Peer, request: wire.Hello) -> wire.Welcome:
         if request.protocol != wire.PROTOCOL:
             raise MessageRefused(
                 f"{request.name} speaks protocol {request.protocol}, the daemon protocol {wire.PROTOCOL}",
                 remedy="install the same version of stagingd on both sides",
             )
-        self.sessions.setdefault(identity, Session(identity, request.name, request.pid))
-        return wire.Welcome(protocol=wire.PROTOCOL, pid=os.getpid(), events=str(self.settings.event_socket))
+        check_admitted(peer, self.settings)
+        self._forget_abandoned(peer)
+        session = self.sessions.hello(peer, request)
+        # Who comes back asks again: the answer would have gone to a connection that is no more.
+        self.pending.pop(session, None)
+        return wire.Welcome(
+            protocol=wire.PROTOCOL,
+            pid=os.getpid(),
+            events=str(self.settings.event_socket),
+            return_s=self.settings.return_s,
+        )
 
-    def _session(self, identity: bytes) -> Session:
-        if identity not in self.sessions:
-            raise Disconnected(
-                "the daemon does not know this connection: it was restarted, or no hello was said",
-                remedy="open the stage again",
-            )
-        return self.sessions[identity]
+    def _forget_abandoned(self, peer: Peer) -> None:
+        """Sessions of the same process that have neither a connection nor a rank any more."""
+        for session in self.sessions:
+            abandoned = session.identity is None and session.pid == peer.pid and session.expires is None
+            if abandoned and not any(stage.uses(session) for stage in self.stages.values()):
+                self.sessions.remove(session)
 
     def _stage(self, name: str) -> HostedStage:
         if name not in self.stages:
@@ -176,27 +207,28 @@ class Service:
 
     def _declare(self, session: Session, request: wire.Declare) -> Question:
         stage = self.stages.get(request.stage) or self._new_stage(request)
-        try:
-            question = stage.declare(session, request)
-        finally:
-            if stage.deserted:
-                self.stages.pop(request.stage, None)
+        question = stage.declare(session, request)
         self.stages[request.stage] = stage
         return question
 
     def _new_stage(self, request: wire.Declare) -> HostedStage:
+        stage = HostedStage(request.stage, request.ranks, request.options, self._tell(request.stage))
+        stage.declaration = Declaration(request.stage, request.ranks, request.options, self._make_segment, self.submit)
+        return stage
+
+    def _tell(self, stage: str) -> Tell:
         def tell(event: str, version: int | None, detail: str) -> None:
             routine = event in ("begun", "leased", "released")
-            (log.debug if routine else log.info)(event, stage=request.stage, version=version, detail=detail)
-            self.event(wire.Event(event=event, stage=request.stage, version=version, detail=detail))
+            (log.debug if routine else log.info)(event, stage=stage, version=version, detail=detail)
+            self._events.append(wire.Event(event=event, stage=stage, version=version, detail=detail))
 
-        declaration = Declaration(request.stage, request.ranks, request.options)
-        return HostedStage(declaration, self._make_segment, tell)
+        return tell
 
-    def _make_segment(self, catalog: Catalog) -> Segment:
+    def _make_segment(self, catalog: Catalog, terms: bytes) -> Segment:
         return segment.create(
             self.settings.segment_prefix + catalog.stage,
             catalog,
+            terms=terms,
             lock=self.settings.lock_memory,
             mode=0o660 if self.settings.group else 0o600,
             group=self.settings.group_id,
@@ -207,28 +239,24 @@ class Service:
             stage = self.stages.get(request.stage)
             if stage is None:
                 return Waiting(f"stage {request.stage!r} to be declared", ("a trainer, none of which has declared it",))
-            if not stage.ready:
+            if stage.declaration is not None:
                 return stage.declaration.awaited
             return stage.attach(session, request)
 
         return Question(poll)
 
-    def _lease(self, session: Session, request: wire.LeaseVersion) -> Question:
-        def granted(lease: int) -> float:
-            key = (request.stage, lease)
-            deadline = self.lease_deadlines.setdefault(key, self.clock() + self.settings.lease_s)
-            return deadline - self.clock()
-
-        return self._stage(request.stage).lease(session, request, granted)
-
-    def _drop(self, name: str) -> wire.Done:
-        stage = self._stage(name)
+    def _drop(self, request: wire.Drop) -> wire.Done:
+        if request.again and request.stage not in self.stages:
+            return wire.Done()
+        stage = self._stage(request.stage)
         users = [*map(str, stage.trainers.values()), *(f"engine {engine!r}" for engine in stage.engines)]
-        if users:
+        if users or not stage.ready:
             raise OutOfOrder(
-                f"stage {name!r} is in use by {', '.join(users)}", remedy="stop them, then drop it", stage=name
+                f"stage {stage.name!r} is in use by {', '.join(users) or 'the daemon, which is making its memory'}",
+                remedy="stop them, then drop it",
+                stage=stage.name,
             )
-        self._remove(self.stages.pop(name))
+        self._remove(self.stages.pop(stage.name))
         return wire.Done()
 
     def _remove(self, stage: HostedStage) -> None:
@@ -238,77 +266,143 @@ class Service:
 
     # Time and death
 
-    def session_gone(self, identity: bytes, how: str) -> None:
-        """A peer is gone: its questions are forgotten and what it held is given back."""
-        session = self.sessions.pop(identity, None)
+    def process_gone(self, pid: int) -> list[Outgoing]:
+        """A process has ended: all its connections are gone with it."""
+        for session in self.sessions:
+            if session.pid == pid:
+                log.warning("peer_died", peer=str(session))
+                self._session_gone(session, "died")
+        return self._settle()
+
+    def connection_lost(self, identity: bytes) -> list[Outgoing]:
+        """A connection is closed, by its client or because the client was silent.
+
+        A process that can be seen may come back by another connection; what it holds is safe until it ends.
+        """
+        session = self.sessions.find(identity)
         if session is None:
-            return
-        self.pending = [pending for pending in self.pending if pending.session is not session]
+            return []
+        if session.pid and any(stage.uses(session) for stage in self.stages.values()):
+            self.sessions.disconnect(session)
+        else:
+            self._session_gone(session, "lost its connection")
+        return self._settle()
+
+    def _session_gone(self, session: Session, how: str) -> None:
+        self.sessions.remove(session)
+        self.pending.pop(session, None)
         for stage in self.stages.values():
             stage.session_gone(session, how)
-        self._forget_deserted()
 
-    def _forget_deserted(self) -> None:
-        for name in [name for name, stage in self.stages.items() if stage.deserted]:
-            del self.stages[name]
-
-    def settle(self) -> Iterator[Outgoing]:
-        """The answers that have become possible; call it after ``session_gone`` and when a deadline passes."""
+    def settle(self) -> list[Outgoing]:
+        """Deal with what time has brought. To be called when a deadline passes or memory has been made."""
         now = self.clock()
-        for key, deadline in list(self.lease_deadlines.items()):
-            if deadline <= now and key[0] in self.stages:
-                self.stages[key[0]].end_lease(key[1])
-        for pending in [pending for pending in self.pending if pending.deadline <= now]:
-            self.pending.remove(pending)
+        for stage in self.stages.values():
+            stage.end_leases(now)
+        for session in self.sessions:
+            if session.expires is not None and session.expires <= now:
+                self._session_gone(session, "did not come back after the daemon was restarted")
+        answers = []
+        for pending in [pending for pending in self.pending.values() if pending.deadline <= now]:
+            del self.pending[pending.session]
             error = overdue(pending, now)
             pending.question.give_up(error.what)
-            self._forget_deserted()
-            yield self._outgoing(pending, wire.refusal(error))
-        yield from self._settle()
+            answers += self._outgoing(pending, wire.refusal(error))
+        return answers + self._settle()
 
-    def _settle(self) -> Iterator[Outgoing]:
-        """Ask every pending question again until nothing changes any more."""
+    def _settle(self) -> list[Outgoing]:
+        """Ask the pending questions of stages that have changed, until nothing changes any more; then write it down."""
+        answers, self._answers = self._answers, []
         progress = True
         while progress:
             progress = False
-            for pending in list(self.pending):
+            for stage in self.stages.values():
+                stage.make_progress()
+            for pending in [pending for pending in self.pending.values() if pending.seen != self._seen(pending.stage)]:
                 try:
                     answer = pending.question.poll()
                 except StagingError as error:
                     answer = wire.refusal(error)
+                pending.seen = self._seen(pending.stage)
                 if isinstance(answer, Waiting):
                     pending.waiting = answer
                     continue
-                self.pending.remove(pending)
+                del self.pending[pending.session]
                 progress = True
-                yield self._outgoing(pending, answer)
-        self._forget_ended_leases()
+                answers += self._outgoing(pending, answer)
+        self._write_down()
+        return answers
 
-    def _forget_ended_leases(self) -> None:
-        for stage, lease in list(self.lease_deadlines):
-            if stage not in self.stages or lease not in self.stages[stage].buffer.leases:
-                del self.lease_deadlines[stage, lease]
+    def _seen(self, stage: str) -> tuple[int, int] | None:
+        found = self.stages.get(stage)
+        return None if found is None else (id(found), found.revision)
+
+    def _write_down(self) -> None:
+        """The ledgers first, then the news."""
+        for name in [name for name, stage in self.stages.items() if stage.deserted]:
+            del self.stages[name]
+        for stage in self.stages.values():
+            stage.save()
+        events, self._events = self._events, []
+        for event in events:
+            self.event(event)
 
     def next_deadline(self) -> float | None:
         """When ``settle`` has to be called next, on the clock; None for never."""
-        return min([p.deadline for p in self.pending] + list(self.lease_deadlines.values()), default=None)
+        leases = [lease.until for stage in self.stages.values() for lease in stage.buffer.leases.values()]
+        expiring = [session.expires for session in self.sessions if session.expires is not None]
+        return min([pending.deadline for pending in self.pending.values()] + leases + expiring, default=None)
 
-    def stop(self) -> Iterator[Outgoing]:
+    # Beginning and end
+
+    def recover(self) -> None:
+        """Take over what a daemon that has ended left behind. Raises NotEnoughMemory."""
+        for left in recover(self.settings):
+            self._adopt(left)
+        self._write_down()
+
+    def _adopt(self, left: Left) -> None:
+        expires = self.clock() + self.settings.return_s
+        found = [(record, self.sessions.adopt(record, expires)) for record in left.state.sessions]
+        dead = [Session(**record.model_dump()) for record, session in found if session is None]
+        gone = iter(dead)
+        sessions = [session or next(gone) for _, session in found]
+        name = left.segment.catalog.stage
+        stage = HostedStage.adopt(left.segment, left.terms, left.state, sessions, self._tell(name))
+        self.stages[name] = stage
+        held = {slot.state.value: slot.version for slot in stage.buffer.slots if slot.version is not None}
+        log.info("adopted", stage=name, leases=len(stage.buffer.leases), sessions=len(sessions), **held)
+        for session in dead:
+            stage.session_gone(session, "died while the daemon was away")
+
+    def hand_over(self) -> None:
+        """The daemon ends and a successor will adopt everything: nobody is told, nothing is given back."""
+        self._write_down()
+        for stage in self.stages.values():
+            if stage.segment is not None:
+                stage.segment.close()
+        self.stages.clear()
+
+    def stop(self) -> list[Outgoing]:
         """The daemon ends: everybody who waits is told, and all memory is given back."""
-        for pending in self.pending:
+        answers = []
+        for pending in self.pending.values():
             error = DaemonUnreachable(
                 f"the daemon stopped while {pending.session} was waiting for {pending.waiting.what}",
                 remedy="start it again: stagingd serve",
             )
-            yield self._outgoing(pending, wire.refusal(error))
+            answers += self._outgoing(pending, wire.refusal(error))
         self.pending.clear()
         for stage in self.stages.values():
+            stage.make_progress()
             self._remove(stage)
         self.stages.clear()
+        return answers
 
     @staticmethod
-    def _outgoing(pending: Pending, answer: wire.Answer) -> Outgoing:
-        return Outgoing(pending.session.identity, pending.request_id, answer)
+    def _outgoing(pending: Pending, answer: wire.Answer) -> list[Outgoing]:
+        identity = pending.session.identity
+        return [] if identity is None else [Outgoing(identity, pending.request_id, answer)]
 
     # For people
 
@@ -326,7 +420,7 @@ class Service:
         now, buffer = self.clock(), stage.buffer
         waiting = (
             f"{p.session} waits for {p.waiting.what} from {', '.join(p.waiting.peers)} since {now - p.since:.1f} s"
-            for p in self.pending
+            for p in self.pending.values()
             if p.stage == stage.name
         )
         return wire.StageStatus(
@@ -351,13 +445,12 @@ class Service:
 
     def _lease_status(self, stage: HostedStage, lease_id: int, now: float) -> wire.LeaseStatus:
         lease = stage.buffer.leases[lease_id]
-        began = self.lease_deadlines.get((stage.name, lease_id), now) - self.settings.lease_s
         return wire.LeaseStatus(
             lease=lease.id,
             engine=lease.engine,
             version=lease.version,
             awaited_ranks=tuple(lease.missing),
-            age_s=now - began,
+            age_s=now - (lease.until - self.settings.lease_s),
         )
 
 

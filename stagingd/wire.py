@@ -3,7 +3,9 @@
 """Every message of the control channel, typed; msgpack in and out; limits.
 
 A request is ``[request id, body]`` on a DEALER socket, its answer ``[request id, body]`` with the same
-id. Bodies are msgpack maps whose ``kind`` names the message. Nothing is ever unpickled or executed:
+id. A client has one request under way at a time. Where its answer was lost with the connection or the daemon,
+the client asks once more and sets ``again``: then what was done before is not done twice, nor refused for it.
+Bodies are msgpack maps whose ``kind`` names the message. Nothing is ever unpickled or executed:
 a body that is not exactly one of these messages is refused with a typed error.
 """
 
@@ -22,7 +24,7 @@ from stagingd.errors import MessageRefused, MessageTooLarge, StagingError, from_
 from stagingd.moments import ALL_GRIDS
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 """Raised whenever a message changes: daemon and clients must agree."""
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
@@ -30,6 +32,10 @@ MAX_MESSAGE_BYTES: Final = 64 * 2**20
 
 MAX_DEPTH_ITEMS: Final = 16 * 2**20
 """Items in one array or map of a message; msgpack's own limit on nesting bounds the depth."""
+
+
+TOKEN_BYTES: Final = 16
+"""Length of a connection's token."""
 
 
 class OnNonFinite(StrEnum):
@@ -51,12 +57,16 @@ class StageOptions(Record):
 
 
 class Hello(Record):
-    """The first request of a connection: who speaks. Answered by Welcome."""
+    """The first request of a connection: who speaks. Answered by Welcome.
+
+    ``connection`` is a random token of the client's. With it the client says hello again when the connection
+    broke or the daemon was restarted, and holds what it held.
+    """
 
     kind: Literal["hello"] = "hello"
     protocol: int
-    pid: Annotated[int, Field(gt=0)]
-    name: Name
+    connection: Annotated[bytes, Field(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+    name: Annotated[str, Field(min_length=1, max_length=128)]
 
 
 class Declare(Record):
@@ -79,6 +89,7 @@ class Begin(Record):
     rank: Rank
     version: Version
     timeout_s: Seconds
+    again: bool = False
 
 
 class Commit(Record):
@@ -90,6 +101,7 @@ class Commit(Record):
     version: Version
     boxes: Annotated[int, Field(ge=0)]
     timeout_s: Seconds
+    again: bool = False
 
 
 class Abort(Record):
@@ -123,6 +135,7 @@ class LeaseVersion(Record):
     version: Version | None = None
     newer_than: Version | None = None
     timeout_s: Seconds
+    again: bool = False
 
 
 class Release(Record):
@@ -132,6 +145,7 @@ class Release(Record):
     stage: StageName
     lease: Annotated[int, Field(ge=0)]
     rank: Rank
+    again: bool = False
 
 
 class Status(Record):
@@ -145,6 +159,7 @@ class Drop(Record):
 
     kind: Literal["drop"] = "drop"
     stage: StageName
+    again: bool = False
 
 
 class Bye(Record):
@@ -157,12 +172,13 @@ Request = Hello | Declare | Begin | Commit | Abort | Attach | LeaseVersion | Rel
 
 
 class Welcome(Record):
-    """The daemon's side of Hello."""
+    """The daemon's side of Hello. Should it die, clients wait ``return_s`` seconds for a successor."""
 
     kind: Literal["welcome"] = "welcome"
     protocol: int
     pid: int
     events: Name
+    return_s: float
 
 
 class Declared(Record):

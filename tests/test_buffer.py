@@ -21,6 +21,7 @@ from stagingd.errors import (
 )
 
 RANKS = 2
+UNTIL = 60.0
 
 
 def buffer(policy: Policy = Policy.LATEST) -> DoubleBuffer:
@@ -36,7 +37,9 @@ def publish(double: DoubleBuffer, version: int) -> None:
 
 
 def lease(double: DoubleBuffer, engine: str = "e", rank: int = 0, ranks: int = 1, **which: int) -> Lease:
-    got = double.lease(engine, ranks, rank, version=which.get("version"), newer_than=which.get("newer_than"))
+    got = double.lease(
+        engine, ranks, rank, version=which.get("version"), newer_than=which.get("newer_than"), until=UNTIL
+    )
     assert isinstance(got, Lease)
     return got
 
@@ -46,7 +49,7 @@ def test_a_version_is_readable_once_all_ranks_have_committed() -> None:
     double.begin(0, 1)
     double.begin(1, 1)
     assert not double.commit(0, 1)
-    assert isinstance(double.lease("e", 1, 0, version=None, newer_than=None), Waiting)
+    assert isinstance(double.lease("e", 1, 0, version=None, newer_than=None, until=UNTIL), Waiting)
     assert double.commit(1, 1)
     double.seal()
     assert lease(double).version == 1
@@ -96,7 +99,7 @@ def test_all_ranks_of_an_engine_get_the_same_version_although_a_newer_one_is_sea
     publish(double, 2)
     assert lease(double, rank=1, ranks=2) is first
     double.release(first.id, 0)
-    assert isinstance(double.lease("e", 2, 0, version=None, newer_than=None), Waiting)
+    assert isinstance(double.lease("e", 2, 0, version=None, newer_than=None, until=UNTIL), Waiting)
     double.release(first.id, 1)
     assert lease(double, rank=0, ranks=2).version == 2
 
@@ -155,9 +158,9 @@ def test_a_version_that_is_not_there_is_refused_or_waited_for() -> None:
     for version in (1, 2, 3):
         publish(double, version)
     with pytest.raises(VersionNotAvailable, match="holds 2, 3"):
-        double.lease("e", 1, 0, version=1, newer_than=None)
-    assert isinstance(double.lease("e", 1, 0, version=9, newer_than=None), Waiting)
-    assert isinstance(double.lease("e", 1, 0, version=None, newer_than=3), Waiting)
+        double.lease("e", 1, 0, version=1, newer_than=None, until=UNTIL)
+    assert isinstance(double.lease("e", 1, 0, version=9, newer_than=None, until=UNTIL), Waiting)
+    assert isinstance(double.lease("e", 1, 0, version=None, newer_than=3, until=UNTIL), Waiting)
     assert lease(double, version=2).version == 2
 
 
@@ -223,7 +226,7 @@ class Life(RuleBasedStateMachine):
     @rule(engine=st.sampled_from("ab"), rank=st.integers(0, 1), exact=st.booleans())
     def take(self, engine: str, rank: int, exact: bool) -> None:
         version = self.double.newest_sealed if exact else None
-        got = self.attempt(lambda: self.double.lease(engine, 2, rank, version=version, newer_than=None))
+        got = self.attempt(lambda: self.double.lease(engine, 2, rank, version=version, newer_than=None, until=UNTIL))
         if isinstance(got, Lease):
             self.held[got.id] = (got.slot, got.version)
 

@@ -20,7 +20,7 @@ from daemons import RunningDaemon
 from stagingd_client import LocalShard, Publication, Stage
 from stagingd_vllm import Reader
 
-from stagingd import segment, wire
+from stagingd import memory, segment, wire
 from stagingd.boxes import Box
 from stagingd.catalog import TensorDeclaration
 from stagingd.connection import Connection
@@ -276,15 +276,15 @@ def test_a_segment_too_large_for_the_memory(daemon: RunningDaemon, stage_name: s
     request = wire.Declare(stage=stage_name, rank=0, ranks=1, options=options, tensors=(huge,), timeout_s=5.0)
     with Connection(daemon.socket, name="test") as connection, pytest.raises(NotEnoughMemory) as caught:
         connection.request(request, wire.Declared, timeout_s=5.0)
-    assert_says(caught.value, stage_name, "4096.000 GiB", "/dev/shm")
+    assert_says(caught.value, stage_name, "4096.002 GiB", "/dev/shm")
     assert (daemon.picture(), daemon.segments()) == (before, segments)
 
 
 def test_a_locking_limit_that_is_too_low_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment, "_may_lock_anything", lambda: False)
-    monkeypatch.setattr(segment.resource, "getrlimit", lambda _: (4096, 4096))
+    monkeypatch.setattr(memory, "_may_lock_anything", lambda: False)
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (4096, 4096))
     with pytest.raises(NotEnoughMemory) as caught:
-        segment.check_room("policy", 1 << 20, lock=True)
+        memory.check_room("policy", 1 << 20, segment.SHARED_MEMORY, lock=True)
     assert_says(caught.value, "may be locked", "LimitMEMLOCK")
 
 
@@ -307,7 +307,10 @@ def test_a_daemon_that_dies_is_noticed_by_who_waits_for_it(own_daemon: RunningDa
         while not own_daemon.picture():
             continue
         own_daemon.process.kill()
-        with pytest.raises(DaemonUnreachable, match="died before it answered declare"):
+        with pytest.raises(
+            DaemonUnreachable,
+            match=rf"daemon \(pid {own_daemon.process.pid}\).* is gone: it ended before it answered declare",
+        ):
             waiting.result(20)
 
 
@@ -345,7 +348,7 @@ def raw_exchange(daemon: RunningDaemon, *frames: bytes) -> wire.Answer:
         dealer.close(linger=0)
 
 
-HELLO = wire.encode(wire.Hello(protocol=wire.PROTOCOL, pid=1, name="x"))
+HELLO = wire.encode(wire.Hello(protocol=wire.PROTOCOL, connection=bytes(16), name="x"))
 MALFORMED: dict[str, bytes] = {
     "empty": b"",
     "random bytes": bytes(range(200, 256)),
@@ -355,7 +358,7 @@ MALFORMED: dict[str, bytes] = {
     "unknown kind": msgpack.packb({"kind": "explode"}),
     "unknown field": msgpack.packb({"kind": "status", "extra": 1}),
     "field missing": msgpack.packb({"kind": "begin", "stage": "policy"}),
-    "field of another type": msgpack.packb({"kind": "hello", "protocol": "1", "pid": 1, "name": "x"}),
+    "field of another type": msgpack.packb({"kind": "hello", "protocol": "1", "connection": bytes(16), "name": "x"}),
     "negative version": msgpack.packb({"kind": "begin", "stage": "p", "rank": 0, "version": -1, "timeout_s": 1.0}),
     "wait without end": msgpack.packb(
         {"kind": "begin", "stage": "p", "rank": 0, "version": 1, "timeout_s": float("inf")}
@@ -404,7 +407,7 @@ def test_a_request_without_a_hello(daemon: RunningDaemon) -> None:
 
 
 def test_a_client_of_another_protocol(daemon: RunningDaemon) -> None:
-    hello = wire.Hello(protocol=wire.PROTOCOL + 1, pid=os.getpid(), name="x")
+    hello = wire.Hello(protocol=wire.PROTOCOL + 1, connection=bytes(16), name="x")
     answer = raw_exchange(daemon, struct.pack("<Q", 1), wire.encode(hello))
     assert isinstance(answer, wire.Refusal)
     assert "same version" in answer.remedy

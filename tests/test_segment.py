@@ -4,9 +4,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 
@@ -16,9 +15,20 @@ import pytest
 from stagingd import segment
 from stagingd.boxes import Box
 from stagingd.catalog import Catalog, TensorDeclaration, build
-from stagingd.errors import NotEnoughMemory, SegmentTaken, SegmentUnreadable, SegmentUnusable
+from stagingd.errors import (
+    NotEnoughMemory,
+    SegmentForeign,
+    SegmentTaken,
+    SegmentUnreadable,
+    SegmentUnusable,
+    StagingError,
+)
 from stagingd.moments import ALL_GRIDS
 from stagingd.segment import SHARED_MEMORY
+from stagingd.superblock import PAGE, page_aligned
+
+CATALOG_AT = PAGE + 2 * page_aligned(2**20 + 2**10)
+"""Behind the superblock and the two places of the ledger of a stage with one trainer rank."""
 
 
 @pytest.fixture
@@ -72,13 +82,20 @@ def damage(name: str, at: int, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "data", "why"),
-    [(0, b"SOMEBODY", "not made by stagingd"), (8, b"\xff", "has format 255"), (4096 + 5, b"\x00\x00", "is damaged")],
+    ("at", "data", "error", "why"),
+    [
+        (0, b"SOMEBODY", SegmentForeign, "not made by stagingd"),
+        (8, b"\xff", SegmentUnreadable, "has format 255"),
+        (20, b"\xff", SegmentUnreadable, "superblock of segment .* is damaged"),
+        (CATALOG_AT + 5, b"\x00\x00", SegmentUnreadable, "catalog .* is damaged"),
+    ],
 )
-def test_a_foreign_or_damaged_segment_is_not_read(name: str, catalog: Catalog, at: int, data: bytes, why: str) -> None:
+def test_a_foreign_or_damaged_segment_is_not_read(
+    name: str, catalog: Catalog, at: int, data: bytes, error: type[StagingError], why: str
+) -> None:
     segment.create(name, catalog, lock=False)
     damage(name, at, data)
-    with pytest.raises(SegmentUnreadable, match=why):
+    with pytest.raises(error, match=why):
         segment.open_existing(name, writable=False)
 
 
@@ -94,19 +111,47 @@ def test_a_segment_that_is_not_there_is_refused(name: str) -> None:
         segment.open_existing(name, writable=False)
 
 
-def test_what_a_killed_daemon_left_is_replaced(name: str, catalog: Catalog) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait(30)
-    segment.create(name, catalog, lock=False)
-    damage(name, 12, dead.pid.to_bytes(4, "little"))
-    assert segment.create(name, catalog, lock=False).catalog == catalog
+def test_a_segment_is_adopted_once_its_daemon_has_ended_with_all_that_is_in_it(name: str, catalog: Catalog) -> None:
+    made = segment.create(name, catalog, lock=False, terms=b"terms", state=b"state")
+    made.slot(1)[:3] = b"abc"
+    with pytest.raises(SegmentTaken, match="in use by another daemon"):
+        segment.adopt(name, lock=False)
+    made.close()
+    adopted = segment.adopt(name, lock=True)
+    assert (adopted.catalog, adopted.terms, adopted.ledger.read()) == (catalog, b"terms", b"state")
+    assert bytes(adopted.slot(1)[:3]) == b"abc"
+    with pytest.raises(SegmentTaken, match="in use by another daemon"):
+        segment.adopt(name, lock=False)
 
 
-def test_a_segment_of_a_live_daemon_is_not_touched(name: str, catalog: Catalog) -> None:
-    segment.create(name, catalog, lock=False)
-    damage(name, 12, (1).to_bytes(4, "little"))
-    with pytest.raises(SegmentTaken, match="pid 1"):
+def test_a_segment_that_exists_is_never_replaced(name: str, catalog: Catalog) -> None:
+    made = segment.create(name, catalog, lock=False)
+    made.close()
+    with pytest.raises(SegmentTaken, match="that this daemon did not make"):
         segment.create(name, catalog, lock=False)
+    assert segment.adopt(name, lock=False).catalog == catalog
+    assert not (SHARED_MEMORY / f"{name.lstrip('/')}{segment.UNFINISHED}").exists()
+
+
+def test_a_half_made_segment_is_removed_unless_somebody_is_making_it(name: str, catalog: Catalog) -> None:
+    making = name + segment.UNFINISHED
+    (SHARED_MEMORY / making.lstrip("/")).write_bytes(b"half")
+    with (SHARED_MEMORY / making.lstrip("/")).open("rb") as maker:
+        fcntl.flock(maker, fcntl.LOCK_EX)
+        with pytest.raises(SegmentTaken, match="in use"):
+            segment.create(name, catalog, lock=False)
+    assert segment.create(name, catalog, lock=False).catalog == catalog
+    assert not (SHARED_MEMORY / making.lstrip("/")).exists()
+
+
+def test_terms_that_are_damaged_are_not_adopted(name: str, catalog: Catalog) -> None:
+    made = segment.create(name, catalog, lock=False, terms=b"terms of the stage")
+    made.close()
+    with (SHARED_MEMORY / name.lstrip("/")).open("rb") as file:
+        at = file.read().index(b"terms of the stage")
+    damage(name, at, b"T")
+    with pytest.raises(SegmentUnreadable, match=r"the terms .* are damaged"):
+        segment.adopt(name, lock=False)
 
 
 def test_what_the_system_refuses_is_a_typed_error_and_nothing_is_left(

@@ -1,0 +1,65 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Physical memory: is there room for a segment, and may it be locked?"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+from pathlib import Path
+
+import psutil
+
+from stagingd.errors import NotEnoughMemory
+
+
+def check_room(stage: str, size: int, shared_memory: Path, *, lock: bool) -> None:
+    """Refuse a segment that cannot be had, before anything is allocated. Raises NotEnoughMemory."""
+    shm = os.statvfs(shared_memory)
+    limits = {
+        "free in /dev/shm": (shm.f_bavail * shm.f_frsize, "enlarge /dev/shm (in a container: --shm-size)"),
+        "of available memory": (psutil.virtual_memory().available, "use a machine with more memory"),
+    }
+    if lock and not _may_lock_anything():
+        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        if soft != resource.RLIM_INFINITY:
+            remedy = "raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false"
+            limits["may be locked"] = (soft, remedy)
+    for what, (room, remedy) in limits.items():
+        if size > room:
+            raise NotEnoughMemory(
+                f"stage {stage!r} needs {gib(size)} for two versions, but {gib(room)} {what}",
+                remedy=f"{remedy}, or stage fewer tensors",
+                stage=stage,
+            )
+
+
+def _may_lock_anything() -> bool:
+    """Whether the process has CAP_IPC_LOCK, to which the locking limit does not apply."""
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> 14 & 1)
+
+
+def lock_pages(mapping: mmap.mmap, stage: str) -> None:
+    """Keep a mapping in physical memory (mlock). Raises NotEnoughMemory when the limit forbids it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    view = (ctypes.c_char * len(mapping)).from_buffer(mapping)
+    failed = libc.mlock(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapping)))
+    number = ctypes.get_errno()
+    size = len(mapping)
+    del view  # or the mapping could never be closed
+    if failed:
+        mapping.close()
+        raise NotEnoughMemory(
+            f"stage {stage!r} cannot lock {gib(size)}: {os.strerror(number)}",
+            remedy="raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false",
+            stage=stage,
+        )
+
+
+def gib(size: int) -> str:
+    """A size in bytes, for people."""
+    return f"{size / 2**30:.3f} GiB"
