@@ -57,7 +57,8 @@ class Settings(BaseSettings):
 
     heartbeat_s: float | None = Field(default=None, gt=0)
     """Serve clients in pid namespaces that the daemon does not see, and take one for dead that has been
-    silent for so long. By default they are refused."""
+    silent for so long. By default they are refused. Share the host's pid namespace where you can: a process
+    that was only stopped for longer may still write the rest of one piece of a copy when it goes on."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least level that is logged."""
@@ -74,6 +75,11 @@ class Settings(BaseSettings):
     def event_socket(self) -> Path:
         """The PUB socket's file."""
         return self.runtime_dir / "events.sock"
+
+    @property
+    def shared_mode(self) -> int:
+        """Permission bits of sockets and segments: this user's alone, or also the group's."""
+        return 0o660 if self.group else 0o600
 
     @property
     def group_id(self) -> int:

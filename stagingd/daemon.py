@@ -90,7 +90,7 @@ class Daemon:
         for option, value in self._options(kind).items():
             socket.setsockopt(option, value)
         path.unlink(missing_ok=True)  # left by a killed daemon: _only_one has seen that none lives
-        before = os.umask(0o117 if self._settings.group else 0o177)  # never open to others, not even for a moment
+        before = os.umask(0o777 & ~self._settings.shared_mode)  # never open to others, not even for a moment
         try:
             socket.bind(f"ipc://{path}")
         finally:

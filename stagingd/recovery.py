@@ -57,16 +57,17 @@ def recover(settings: Settings) -> Iterator[Left]:
         elif path.name.endswith(UNFINISHED):
             _remove_half_made(path)
         elif re.fullmatch(STAGE_NAME, path.name.removeprefix(prefix)):
-            left = _adopt(path, path.name.removeprefix(prefix), lock=settings.lock_memory)
+            left = _adopt(path, path.name.removeprefix(prefix), settings)
             if left is not None:
                 yield left
 
 
-def _adopt(path: Path, stage: str, *, lock: bool) -> Left | None:
+def _adopt(path: Path, stage: str, settings: Settings) -> Left | None:
     try:
         if path.stat().st_uid != os.geteuid():
             raise SegmentForeign(f"{path} belongs to uid {path.stat().st_uid}", remedy="use another segment_prefix")
-        return _left(segment.adopt(f"/{path.name}", lock=lock), stage)
+        lock, mode, group = settings.lock_memory, settings.shared_mode, settings.group_id
+        return _left(segment.adopt(f"/{path.name}", lock=lock, mode=mode, group=group), stage)
     except (SegmentForeign, SegmentTaken) as error:
         log.warning("segment_left_alone", segment=str(path), what=error.what, remedy=error.remedy)
     except SegmentUnreadable as error:

@@ -173,8 +173,8 @@ def discard(name: str) -> None:
         _unlink(name)
 
 
-def adopt(name: str, *, lock: bool) -> Segment:
-    """Take over a segment that a daemon of this user has left behind.
+def adopt(name: str, *, lock: bool, mode: int = 0o600, group: int = -1) -> Segment:
+    """Take over a segment that a daemon of this user has left behind. Arguments are those of ``create``.
 
     Raises:
         SegmentTaken: its daemon lives.
@@ -198,6 +198,8 @@ def adopt(name: str, *, lock: bool) -> Segment:
             raise _damaged(f"the terms in segment {name} are damaged")
         if lock:
             lock_pages(mapping, catalog.stage)
+        os.fchmod(shared.fd, mode)
+        os.fchown(shared.fd, -1, group)
         undo.pop_all()
     return Segment(name, mapping, catalog, block, shared.fd)
 

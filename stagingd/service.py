@@ -230,7 +230,7 @@ class Service:
             catalog,
             terms=terms,
             lock=self.settings.lock_memory,
-            mode=0o660 if self.settings.group else 0o600,
+            mode=self.settings.shared_mode,
             group=self.settings.group_id,
         )
 

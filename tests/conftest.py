@@ -37,3 +37,8 @@ def own_daemon(tmp_path: Path) -> Iterator[RunningDaemon]:
 def stage_name() -> str:
     """The name of a stage that no other test uses."""
     return f"stage-{uuid.uuid4().hex[:8]}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How deep the long tests go; the defaults are for CI."""
+    parser.addoption("--endurance-versions", type=int, default=160, help="versions of the endurance run")
