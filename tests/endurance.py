@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from daemons import DEADLINE_S, RunningDaemon, start
+from daemons import DEADLINE_S, start
 from stagingd_client import LocalShard, Stage
 from stagingd_vllm import Reader
 
