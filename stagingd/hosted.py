@@ -82,6 +82,7 @@ class HostedStage:
         self._refused: tuple[int, StagingError] | None = None
         self._changes = 0
         self._saved: int | None = None
+        self._members: tuple[int, bytes] | None = None
 
     @property
     def ready(self) -> bool:
@@ -108,6 +109,17 @@ class HostedStage:
             self._saved = self.revision
 
     def _state(self) -> dict[str, object]:
+        if self._members is None or self._members[0] != self._changes:
+            self._members = self._changes, state.encode(self._who_is_who())
+        return {
+            "members": self._members[1],
+            "buffer": state.buffer_state(self.buffer),
+            "sealed_versions": self.sealed_versions,
+            "aborted_versions": self.aborted_versions,
+            "begins_kept_waiting": self.begins_kept_waiting,
+        }
+
+    def _who_is_who(self) -> dict[str, object]:
         sessions = list(dict.fromkeys(self._sessions()))
         at = {session: index for index, session in enumerate(sessions)}
         return {
@@ -117,10 +129,6 @@ class HostedStage:
                 {"name": name, "ranks": e.ranks, "members": [(rank, at[s]) for rank, s in e.members.items()]}
                 for name, e in self.engines.items()
             ],
-            "buffer": state.buffer_state(self.buffer),
-            "sealed_versions": self.sealed_versions,
-            "aborted_versions": self.aborted_versions,
-            "begins_kept_waiting": self.begins_kept_waiting,
         }
 
     def _sessions(self) -> list[Session]:
@@ -139,13 +147,13 @@ class HostedStage:
 
         Args:
             segment, terms, was: what that daemon left.
-            sessions: those of ``was``, in its order.
+            sessions: those of ``was.members``, in its order.
             tell: as for the stage itself.
         """
         stage = cls(segment.catalog.stage, segment.catalog.ranks, terms.options, tell)
         stage.segment, stage.terms = segment, terms
-        stage.trainers = {rank: sessions[index] for rank, index in was.trainers}
-        for engine in was.engines:
+        stage.trainers = {rank: sessions[index] for rank, index in was.members.trainers}
+        for engine in was.members.engines:
             members = {rank: sessions[index] for rank, index in engine.members}
             stage.engines[engine.name] = Engine(engine.ranks, members)
         stage.buffer = state.restored_buffer(was.buffer, stage.ranks, stage.options.policy)
@@ -237,7 +245,6 @@ class HostedStage:
             if not waited:
                 waited = True
                 self.begins_kept_waiting += 1
-                self._changes += 1
             return self._with_engines(slot)
 
         return Question(poll)

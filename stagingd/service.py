@@ -363,7 +363,7 @@ class Service:
 
     def _adopt(self, left: Left) -> None:
         expires = self.clock() + self.settings.return_s
-        found = [(record, self.sessions.adopt(record, expires)) for record in left.state.sessions]
+        found = [(record, self.sessions.adopt(record, expires)) for record in left.state.members.sessions]
         dead = [Session(**record.model_dump()) for record, session in found if session is None]
         gone = iter(dead)
         sessions = [session or next(gone) for _, session in found]

@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import msgpack
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from stagingd.buffer import DoubleBuffer, Lease, Policy, Slot, SlotState
 from stagingd.errors import SegmentUnreadable
 from stagingd.record import Name, Rank, RankCount, Record, Version
+
+
+def unpacked(packed: object) -> object:
+    """What msgpack bytes hold, for a validator. Raises ValueError."""
+    if not isinstance(packed, bytes):
+        raise ValueError("not bytes")
+    return msgpack.unpackb(packed, use_list=False)
+
 
 REASON_CHARACTERS = 2000
 """Reasons are for people; a longer one is cut."""
@@ -62,19 +70,25 @@ class BufferRecord(Record):
 
 
 class EngineRecord(Record):
-    """A reader group; its members as rank and position in ``StageState.sessions``."""
+    """A reader group; its members as rank and position in ``MembersRecord.sessions``."""
 
     name: Name
     ranks: RankCount
     members: tuple[tuple[Rank, int], ...]
 
 
-class StageState(Record):
-    """All of it. ``trainers`` are rank and position in ``sessions``."""
+class MembersRecord(Record):
+    """Who speaks for which rank. ``trainers`` are rank and position in ``sessions``."""
 
     sessions: tuple[SessionRecord, ...]
     trainers: tuple[tuple[Rank, int], ...]
     engines: tuple[EngineRecord, ...]
+
+
+class StageState(Record):
+    """All of it. The members stand in it as a record of their own, since they seldom change."""
+
+    members: Annotated[MembersRecord, BeforeValidator(unpacked)]
     buffer: BufferRecord
     sealed_versions: int
     aborted_versions: int
@@ -94,7 +108,7 @@ def decode(segment: str, record: bytes | None) -> StageState:
             f"segment {segment} holds no whole state record", remedy="declare the stage anew; its versions are lost"
         )
     try:
-        return StageState.model_validate(msgpack.unpackb(record, use_list=False))
+        return StageState.model_validate(unpacked(record))
     except (ValueError, msgpack.UnpackException, ValidationError) as error:
         raise SegmentUnreadable(
             f"the state record of segment {segment} is not one: {error}",
