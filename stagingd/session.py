@@ -110,6 +110,13 @@ class Sessions:
             PeerDied: it has ended already.
             TooManyPeers: there are as many sessions as are admitted.
         """
+        before = self._by_identity.get(peer.identity)
+        if before is not None and before.token != message.connection:
+            raise PeerNotAdmitted(
+                f"{before} says hello a second time, with another token",
+                remedy="open a second connection instead",
+                peer=str(before),
+            )
         session = self._by_token.get(message.connection)
         if session is None:
             session = self._new(peer, message)
@@ -121,13 +128,6 @@ class Sessions:
             )
         if session.identity is not None:
             self._by_identity.pop(session.identity, None)
-        before = self._by_identity.get(peer.identity)
-        if before not in (None, session):
-            raise PeerNotAdmitted(
-                f"{before} says hello a second time, with another token",
-                remedy="open a second connection instead",
-                peer=str(before),
-            )
         session.identity, session.expires = peer.identity, None
         self._by_identity[peer.identity] = session
         return session
