@@ -22,11 +22,9 @@ def check_room(stage: str, size: int, shared_memory: Path, *, lock: bool) -> Non
         "free in /dev/shm": (shm.f_bavail * shm.f_frsize, "enlarge /dev/shm (in a container: --shm-size)"),
         "of available memory": (psutil.virtual_memory().available, "use a machine with more memory"),
     }
-    if lock and not _may_lock_anything():
-        soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        if soft != resource.RLIM_INFINITY:
-            remedy = "raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false"
-            limits["may be locked"] = (soft, remedy)
+    if lock and (lockable := _lockable_bytes()) is not None:
+        remedy = "raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false"
+        limits["may be locked"] = (lockable, remedy)
     for what, (room, remedy) in limits.items():
         if size > room:
             raise NotEnoughMemory(
@@ -34,6 +32,23 @@ def check_room(stage: str, size: int, shared_memory: Path, *, lock: bool) -> Non
                 remedy=f"{remedy}, or stage fewer tensors",
                 stage=stage,
             )
+
+
+def check_lockable(stage: str, size: int) -> None:
+    """Refuse to lock more than the limit allows, before anything is tried. Raises NotEnoughMemory."""
+    lockable = _lockable_bytes()
+    if lockable is not None and size > lockable:
+        raise NotEnoughMemory(
+            f"stage {stage!r} has {gib(size)}, but {gib(lockable)} may be locked",
+            remedy="raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false",
+            stage=stage,
+        )
+
+
+def _lockable_bytes() -> int | None:
+    """The limit on locked memory; None where there is none."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY or _may_lock_anything() else soft
 
 
 def _may_lock_anything() -> bool:
@@ -52,7 +67,6 @@ def lock_pages(mapping: mmap.mmap, stage: str) -> None:
     size = len(mapping)
     del view  # or the mapping could never be closed
     if failed:
-        mapping.close()
         raise NotEnoughMemory(
             f"stage {stage!r} cannot lock {gib(size)}: {os.strerror(number)}",
             remedy="raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false",

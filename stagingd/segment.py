@@ -29,7 +29,7 @@ from stagingd import superblock
 from stagingd.catalog import Catalog
 from stagingd.errors import NotEnoughMemory, SegmentForeign, SegmentTaken, SegmentUnreadable, SegmentUnusable
 from stagingd.ledger import Ledger
-from stagingd.memory import check_room, gib, lock_pages
+from stagingd.memory import check_lockable, check_room, gib, lock_pages
 from stagingd.moments import StoredMoments, stored_bytes
 from stagingd.superblock import PAGE, Superblock, page_aligned
 
@@ -74,6 +74,12 @@ class Segment:
         """The moments of slot 0 or 1."""
         at, cells = self.catalog.moments_offset, self.catalog.cells
         return StoredMoments(self.slot(index)[at : at + stored_bytes(cells)], cells)
+
+    def lock(self) -> Segment:
+        """Keep it in physical memory (mlock), unless it has been closed. Returns itself. Raises NotEnoughMemory."""
+        if not self._mapping.closed:
+            lock_pages(self._mapping, self.catalog.stage)
+        return self
 
     def close(self) -> None:
         """Unmap the segment and give up its ownership; it stays until the daemon removes it.
@@ -176,11 +182,14 @@ def discard(name: str) -> None:
 def adopt(name: str, *, lock: bool, mode: int = 0o600, group: int = -1) -> Segment:
     """Take over a segment that a daemon of this user has left behind. Arguments are those of ``create``.
 
+    With ``lock`` it is seen to that the segment may be locked; call its ``lock`` once clients are served, since
+    that takes up to half a second a GiB.
+
     Raises:
         SegmentTaken: its daemon lives.
         SegmentForeign: it belongs to another user, or was not made by stagingd.
         SegmentUnreadable: it is damaged, truncated, or of another format.
-        NotEnoughMemory: it may not be locked.
+        NotEnoughMemory: more is to be locked than the limit allows.
     """
     shared = _open(name, writable=True)
     with ExitStack() as undo:
@@ -197,7 +206,7 @@ def adopt(name: str, *, lock: bool, mode: int = 0o600, group: int = -1) -> Segme
         if zlib.crc32(terms) != block.terms_checksum:
             raise _damaged(f"the terms in segment {name} are damaged")
         if lock:
-            lock_pages(mapping, catalog.stage)
+            check_lockable(catalog.stage, block.segment_bytes)
         os.fchmod(shared.fd, mode)
         os.fchown(shared.fd, -1, group)
         undo.pop_all()

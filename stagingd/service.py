@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import structlog
@@ -91,6 +92,7 @@ class Service:
         self._warned: dict[bytes, None] = {}
         self._events: list[wire.Event] = []
         self._answers: list[Outgoing] = []
+        self._locking: list[Future[Segment]] = []
 
     # Requests
 
@@ -297,6 +299,7 @@ class Service:
     def settle(self) -> list[Outgoing]:
         """Deal with what time has brought. To be called when a deadline passes or memory has been made."""
         now = self.clock()
+        self._see_what_is_locked()
         for stage in self.stages.values():
             stage.end_leases(now)
         for session in self.sessions:
@@ -309,6 +312,15 @@ class Service:
             pending.question.give_up(error.what)
             answers += self._outgoing(pending, wire.refusal(error))
         return answers + self._settle()
+
+    def _see_what_is_locked(self) -> None:
+        for locked in [future for future in self._locking if future.done()]:
+            self._locking.remove(locked)
+            failure = locked.exception()
+            if isinstance(failure, StagingError):
+                log.error("not_locked", what=failure.what, remedy=failure.remedy)
+            elif failure is not None:
+                raise failure
 
     def _settle(self) -> list[Outgoing]:
         """Ask the pending questions of stages that have changed, until nothing changes any more; then write it down."""
@@ -359,6 +371,9 @@ class Service:
         """Take over what a daemon that has ended left behind. Raises NotEnoughMemory."""
         for left in recover(self.settings):
             self._adopt(left)
+            if self.settings.lock_memory:
+                # Clients are waiting, and the pages are there: served first, locked meanwhile.
+                self._locking.append(self.submit(left.segment.lock))
         self._write_down()
 
     def _adopt(self, left: Left) -> None:

@@ -87,10 +87,9 @@ class Supervisor:
         if self._socket is None or self._address is None:
             return
         self._unsent |= said  # what was refused goes with the next message: a lost READY would end the daemon
+        message = "\n".join(f"{name}={value}" for name, value in self._unsent.items())
         try:
-            self._socket.sendto(
-                "\n".join(f"{name}={value}" for name, value in self._unsent.items()).encode(), self._address
-            )
+            self._socket.sendto(message.encode(errors="replace"), self._address)
         except OSError as error:
             if not self._complained:
                 log.warning("supervisor_unreachable", socket=self._address.replace("\0", "@"), reason=str(error))
