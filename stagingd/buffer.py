@@ -105,8 +105,10 @@ class Waiting:
 class DoubleBuffer:
     """The life of one stage's two slots.
 
-    Every call that changes anything raises ``revision``. ``again`` marks a call that may have been carried
-    out before: its answer was lost with the daemon that gave it. Such a call is answered as it was then.
+    Every call that changes anything raises ``revision``; one by which somebody's waiting can end raises
+    ``occasions`` too, so that who waits need not be asked after every commit of another rank. ``again`` marks a
+    call that may have been carried out before: its answer was lost with the daemon that gave it. Such a call is
+    answered as it was then.
 
     Args:
         ranks: how many trainer ranks fill a version together.
@@ -123,6 +125,7 @@ class DoubleBuffer:
         self.next_lease = 1
         self.lost_leases: dict[int, str] = {}
         self.revision = 0
+        self.occasions = 0
 
     # What the slots hold
 
@@ -143,6 +146,10 @@ class DoubleBuffer:
     def leases_on(self, slot: Slot) -> list[Lease]:
         """The leases that keep a slot from being written."""
         return [lease for lease in self.leases.values() if lease.slot is slot]
+
+    def _occasion(self) -> None:
+        self.revision += 1
+        self.occasions += 1
 
     # Trainers
 
@@ -168,7 +175,7 @@ class DoubleBuffer:
         if isinstance(back, Slot):
             back.state, back.version = SlotState.FILLING, version
             back.begun.add(rank)
-            self.revision += 1
+            self._occasion()
         return back
 
     def _join(self, filling: Slot, rank: int, version: int, again: bool) -> Slot | Waiting:
@@ -263,7 +270,7 @@ class DoubleBuffer:
             raise OutOfOrder("no version is ready to be sealed", remedy="seal after the last commit")
         filling.state = SlotState.SEALED
         self.newest_sealed = filling.version
-        self.revision += 1
+        self._occasion()
         return filling.version
 
     def abort(self, reason: str) -> int | None:
@@ -274,7 +281,7 @@ class DoubleBuffer:
         version = filling.version
         self.last_abort = (version, reason)
         filling.clear()
-        self.revision += 1
+        self._occasion()
         return version
 
     def trainer_gone(self, rank: int, reason: str) -> int | None:
@@ -324,7 +331,7 @@ class DoubleBuffer:
         lease = Lease(self.next_lease, engine, ranks, slot, slot.version, until, holding={rank})
         self.leases[lease.id] = lease
         self.next_lease += 1
-        self.revision += 1
+        self._occasion()
         return lease
 
     def _join_lease(self, lease: Lease, rank: int, version: int | None, again: bool) -> Lease | Waiting:
@@ -428,7 +435,7 @@ class DoubleBuffer:
         """Take a lease away from all its ranks. Returns it, or None when it had ended."""
         lease = self.leases.pop(lease_id, None)
         if lease is not None:
-            self.revision += 1
+            self._occasion()
             self._remember_lost(lease_id, reason)
             self._free_if_drained(lease.slot)
         return lease
@@ -440,6 +447,7 @@ class DoubleBuffer:
         if lease.complete:
             del self.leases[lease.id]
             self._free_if_drained(lease.slot)
+            self._occasion()
 
     def _remember_lost(self, lease_id: int, reason: str) -> None:
         self.lost_leases[lease_id] = reason

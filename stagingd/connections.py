@@ -19,38 +19,50 @@ from stagingd.session import Peer
 _NOBODY: Final = 2**32 - 1
 """A user that no process can have: for a peer whose credentials the system does not give."""
 
+# As plain numbers: arithmetic with pyzmq's enumerations, at every message, would cost more than the call.
+_EVENTS: Final = int(zmq.EVENTS)
+_READABLE: Final = int(zmq.POLLIN)
+
 
 class Connections:
-    """Follows a socket's connections; make it before the socket is bound."""
+    """Follows a socket's connections; make it before the socket is bound.
+
+    Attributes:
+        changed: whether a connection has opened or closed since somebody last set it to False.
+    """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self.changed = False
         self._socket = socket
-        self._monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor: zmq.Socket[bytes] = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         self._by_fd: dict[int, bytes] = {}
+        self._peers: dict[bytes, Peer] = {}
 
     @property
     def monitor(self) -> zmq.Socket[bytes]:
-        """Becomes readable when a connection closes: call ``lost`` then."""
+        """Becomes readable when a connection opens or closes: call ``lost`` then."""
         return self._monitor
 
     def peer(self, frame: zmq.Frame) -> Peer:
         """Who sent a message, given its first frame, which is the connection's identity."""
         identity = frame.bytes
-        self._by_fd[int(frame.get(zmq.SRCFD))] = identity
-        return Peer(identity, *_credentials(frame))
+        found = self._peers.get(identity)
+        if found is None:
+            found = self._peers[identity] = Peer(identity, *_credentials(frame))
+            self._by_fd[int(frame.get(zmq.SRCFD))] = identity
+        return found
 
     def lost(self) -> Iterator[bytes]:
         """Identities of connections that have closed.
 
         To be called also before ``peer``: a descriptor's number is used again only after its end was reported.
         """
-        while True:
-            try:
-                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-            except zmq.Again:
-                return
-            identity = self._by_fd.pop(event["value"], None)
+        while int(self._monitor.get(_EVENTS)) & _READABLE:
+            event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+            self.changed = True
+            identity = self._by_fd.pop(event["value"], None) if event["event"] == zmq.EVENT_DISCONNECTED else None
             if identity is not None:
+                del self._peers[identity]
                 yield identity
 
     def close(self) -> None:

@@ -42,6 +42,12 @@ HANDSHAKE_S = 5.0
 """A peer that connects and says nothing is cut off after so long."""
 
 
+DOOR_MS = 100
+"""How often a closed door is looked at."""
+
+_NOBLOCK = int(zmq.NOBLOCK)  # plain, since pyzmq computes with it at every frame
+
+
 class Daemon:
     """Serves one runtime directory until it is told to end.
 
@@ -65,17 +71,19 @@ class Daemon:
         self._signal = 0
         self._wake_fd = -1
         self._alive_said = 0.0
+        self._room = _room_for_connections()
+        self._door_open = True
 
     def run(self) -> None:
         """Serve. After a clean end no socket is left, and no segment unless it was handed over."""
         settings = self._settings
-        _raise_descriptor_limit()
         with _runtime_dir(settings), _only_one(settings.runtime_dir), self._signals() as wakeup:
             self._service.recover()
-            self._events = self._bind(zmq.PUB, settings.event_socket)
-            self._router = self._context.socket(zmq.ROUTER)
+            self._events = self._socket(zmq.PUB)
+            self._bind(self._events, settings.event_socket)
+            self._router = self._socket(zmq.ROUTER)
             self._connections = Connections(self._router)
-            self._bind(zmq.ROUTER, settings.control_socket)
+            self._bind(self._router, settings.control_socket)
             log.info("serving", pid=os.getpid(), socket=str(settings.control_socket))
             self._supervisor.ready(f"serving {len(self._service.stages)} stages at {settings.control_socket}")
             try:
@@ -85,10 +93,13 @@ class Daemon:
                 self._close()
         log.info("stopped", pid=os.getpid())
 
-    def _bind(self, kind: int, path: Path) -> zmq.Socket[bytes]:
-        socket = self._router if kind == zmq.ROUTER else self._context.socket(kind)
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
         for option, value in self._options(kind).items():
             socket.setsockopt(option, value)
+        return socket
+
+    def _bind(self, socket: zmq.Socket[bytes], path: Path) -> None:
         path.unlink(missing_ok=True)  # left by a killed daemon: _only_one has seen that none lives
         before = os.umask(0o777 & ~self._settings.shared_mode)  # never open to others, not even for a moment
         try:
@@ -96,7 +107,6 @@ class Daemon:
         finally:
             os.umask(before)
         os.chown(path, -1, self._settings.group_id)
-        return socket
 
     def _options(self, kind: int) -> dict[int, int]:
         """All to be set before the socket is bound: ZeroMQ applies them to connections made later."""
@@ -121,12 +131,13 @@ class Daemon:
                 if source is self._router:
                     self._receive()
                 elif source is self._connections.monitor:
-                    self._lose_connections()
+                    self._note_connections()
                 elif source == wakeup:
                     os.read(wakeup, 4096)
                 else:
                     self._bury(source)
             self._send(self._service.settle())
+            self._mind_the_door()
             self._say_alive()
 
     def _say_alive(self) -> None:
@@ -139,6 +150,8 @@ class Daemon:
         """Until the next deadline, or until the supervisor wants to hear of this process."""
         deadline, watchdog_s = self._service.next_deadline(), self._supervisor.watchdog_s
         waits = [] if deadline is None else [max(0, int((deadline - time.monotonic()) * 1000) + 1)]
+        if not self._door_open:
+            waits.append(DOOR_MS)
         if watchdog_s is not None:
             waits.append(int(watchdog_s * 500))
         return min(waits, default=None)
@@ -147,17 +160,32 @@ class Daemon:
         """Take what has arrived, a bounded number of messages at a time, so that deadlines keep their turn."""
         for _ in range(256):
             try:
-                first, *rest = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+                first, *rest = self._router.recv_multipart(_NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            self._lose_connections()
+            self._note_connections()
             peer = self._connections.peer(first)
             request_id, body = (frame.bytes for frame in rest) if len(rest) == 2 else (b"", b"")
-            self._send(self._service.handle(peer, request_id, body))
+            self._service.take(peer, request_id, body)
 
-    def _lose_connections(self) -> None:
+    def _note_connections(self) -> None:
         for identity in self._connections.lost():
             self._send(self._service.connection_lost(identity))
+
+    def _mind_the_door(self) -> None:
+        """Stop listening while descriptors are short. Counted, not reckoned: who comes last may leave no trace."""
+        if not self._connections.changed and self._door_open:
+            return
+        self._connections.changed = False
+        used = len(os.listdir("/proc/self/fd"))
+        if self._door_open and used > self._room:
+            log.warning("door_closed", descriptors=used, limit=self._room)
+            self._router.unbind(f"ipc://{self._settings.control_socket}")
+            self._door_open = False
+        elif not self._door_open and used <= self._room // 2:
+            log.warning("door_open", descriptors=used)
+            self._bind(self._router, self._settings.control_socket)
+            self._door_open = True
 
     def _bury(self, fd: int) -> None:
         pid = self._processes.ended(fd)
@@ -167,10 +195,10 @@ class Daemon:
     def _send(self, answers: Iterable[Outgoing]) -> None:
         for out in answers:
             # A peer that is gone or does not read its answers must not stop the others: ROUTER drops its mail.
-            self._router.send_multipart([out.identity, out.request_id, wire.encode(out.answer)], zmq.NOBLOCK)
+            self._router.send_multipart([out.identity, out.request_id, wire.encode(out.answer)], _NOBLOCK)
 
     def _publish(self, event: wire.Event) -> None:
-        self._events.send_multipart([event.stage.encode(), wire.encode(event)], zmq.NOBLOCK)
+        self._events.send_multipart([event.stage.encode(), wire.encode(event)], _NOBLOCK)
 
     def _submit(self, work: Callable[[], Segment]) -> Future[Segment]:
         future = self._background.submit(work)
@@ -215,10 +243,15 @@ class Daemon:
         self._settings.event_socket.unlink(missing_ok=True)
 
 
-def _raise_descriptor_limit() -> None:
-    """ZeroMQ ends the process when it can take no further connection: be far from that."""
+def _room_for_connections() -> int:
+    """How many descriptors may be in use before the door is closed.
+
+    ZeroMQ ends the process when it has no descriptor left for one more, and takes them faster than they are
+    counted here: so the door is closed long before.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard // 4
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class Engine:
 class HostedStage:
     """A stage from its first declaration on.
 
-    ``revision`` rises with every change. ``save`` writes what changed to the segment's ledger, and ``adopt``
+    ``save`` writes what changed to the segment's ledger, and ``adopt``
     makes the stage again from there, in a daemon that was restarted.
     """
 
@@ -99,6 +99,11 @@ class HostedStage:
     def revision(self) -> int:
         """Rises with every change."""
         return self._changes + self.buffer.revision
+
+    @property
+    def occasions(self) -> int:
+        """Rises with every change by which somebody's waiting can end."""
+        return self._changes + self.buffer.occasions
 
     # What outlives the daemon
 

@@ -21,6 +21,7 @@ from stagingd.errors import ConnectionLost, DaemonUnreachable, SocketNotTrusted
 CONNECT_S = 5.0
 """How long the kernel may take to connect."""
 
+_NOBLOCK = int(zmq.NOBLOCK)  # plain, since pyzmq computes with it at every frame
 _ENDS = (
     zmq.EVENT_DISCONNECTED
     | zmq.EVENT_CLOSED
@@ -50,6 +51,13 @@ class Link:
         self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_ENDS)
         self._socket.connect(f"ipc://{path}")
         self._lost = False
+        self._pollers = {event: self._poller(event) for event in (zmq.POLLIN, zmq.POLLOUT)}
+
+    def _poller(self, event: zmq.PollEvent) -> zmq.Poller:
+        poller = zmq.Poller()
+        poller.register(self._socket, event)
+        poller.register(self._monitor, zmq.POLLIN)
+        return poller
 
     def ask(self, request_id: bytes, body: bytes, deadline: float, kind: str) -> bytes:
         """Send a request and wait for the answer to it.
@@ -64,22 +72,24 @@ class Link:
             ConnectionLost: the daemon has ended, or has cut this connection off.
             DaemonUnreachable: the time is over.
         """
-        self._await(zmq.POLLOUT, deadline, f"took {kind}")
-        self._socket.send_multipart([request_id, body], zmq.NOBLOCK)
+        if self._lost:
+            raise self._gone(f"took {kind}")
+        try:
+            self._socket.send_multipart([request_id, body], _NOBLOCK)
+        except zmq.Again:
+            self._await(zmq.POLLOUT, deadline, f"took {kind}")
+            self._socket.send_multipart([request_id, body], _NOBLOCK)
         while True:
             self._await(zmq.POLLIN, deadline, f"answered {kind}")
-            got_id, got = self._socket.recv_multipart(zmq.NOBLOCK)
+            got_id, got = self._socket.recv_multipart(_NOBLOCK)
             if got_id == request_id:  # not the late answer to a request that was given up
                 return got
 
-    def _await(self, event: int, deadline: float, what: str) -> None:
+    def _await(self, event: zmq.PollEvent, deadline: float, what: str) -> None:
         """Wait until the socket is ready, the connection is lost, or the time is over."""
         if not self._lost:
-            poller = zmq.Poller()
-            poller.register(self._socket, event)
-            poller.register(self._monitor, zmq.POLLIN)
             started = time.monotonic()
-            ready = dict(poller.poll(max(0, int((deadline - started) * 1000))))
+            ready = dict(self._pollers[event].poll(max(0, int((deadline - started) * 1000))))
             if not ready:
                 raise DaemonUnreachable(
                     f"the daemon at {self._path} has not {what} within {time.monotonic() - started:.1f} s",
@@ -89,10 +99,14 @@ class Link:
             self._lost = self._monitor in ready
         # What the daemon said before the end has arrived before the news of the end.
         if self._lost and not (event == zmq.POLLIN and self._socket.poll(0)):
-            raise ConnectionLost(f"it ended before it {what}", remedy="start it again", peer=str(self._path))
+            raise self._gone(what)
+
+    def _gone(self, what: str) -> ConnectionLost:
+        return ConnectionLost(f"it ended before it {what}", remedy="start it again", peer=str(self._path))
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
+        self._lost = True
         if not self._socket.closed:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)

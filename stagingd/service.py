@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemon's mind, apart from its sockets: a request comes in, answers and events go out.
 
-Every entry returns the answers that have become possible, to this request or to an earlier one that had to
-wait. What they say stands in the ledgers before they are returned. Time comes from a clock that is passed in.
+Requests are taken one by one or many in a row; ``settle`` then gives all answers that have become possible, to
+these requests or to earlier ones that had to wait. What they say stands in the ledgers before. Time comes from a
+clock that is passed in.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Outgoing:
 
 @dataclass(eq=False)
 class Pending:
-    """A question that waits: who asked, until when. ``seen`` is the state of its stage when it was last asked."""
+    """A question that waits: who asked, until when. ``seen`` are the occasions of its stage when last asked."""
 
     session: Session
     request_id: bytes
@@ -97,7 +98,12 @@ class Service:
     # Requests
 
     def handle(self, peer: Peer, request_id: bytes, body: bytes) -> list[Outgoing]:
-        """Take one message; a refusal changes nothing."""
+        """Take one message, and settle."""
+        self.take(peer, request_id, body)
+        return self._settle()
+
+    def take(self, peer: Peer, request_id: bytes, body: bytes) -> None:
+        """Take one message; a refusal changes nothing. To be followed by ``settle``."""
         try:
             request = wire.decode_request(body)
             answer = self._dispatch(peer, request_id, request)
@@ -105,8 +111,8 @@ class Service:
             if self.sessions.find(peer.identity) is None or isinstance(error, MessageRefused | MessageTooLarge):
                 self._count_refusal(peer, error)
             answer = wire.refusal(error)
-        answers = [] if answer is None else [Outgoing(peer.identity, request_id, answer)]
-        return answers + self._settle()
+        if answer is not None:
+            self._answers.append(Outgoing(peer.identity, request_id, answer))
 
     def _count_refusal(self, peer: Peer, error: StagingError) -> None:
         """Count it, and log the first of each peer: one that sends nothing else must not fill the disk."""
@@ -305,13 +311,13 @@ class Service:
         for session in self.sessions:
             if session.expires is not None and session.expires <= now:
                 self._session_gone(session, "did not come back after the daemon was restarted")
-        answers = []
         for pending in [pending for pending in self.pending.values() if pending.deadline <= now]:
-            del self.pending[pending.session]
-            error = overdue(pending, now)
-            pending.question.give_up(error.what)
-            answers += self._outgoing(pending, wire.refusal(error))
-        return answers + self._settle()
+            if not self._ask_again(pending):
+                del self.pending[pending.session]
+                error = overdue(pending, now)
+                pending.question.give_up(error.what)
+                self._answers += self._outgoing(pending, wire.refusal(error))
+        return self._settle()
 
     def _see_what_is_locked(self) -> None:
         for locked in [future for future in self._locking if future.done()]:
@@ -324,30 +330,34 @@ class Service:
 
     def _settle(self) -> list[Outgoing]:
         """Ask the pending questions of stages that have changed, until nothing changes any more; then write it down."""
-        answers, self._answers = self._answers, []
         progress = True
         while progress:
             progress = False
             for stage in self.stages.values():
                 stage.make_progress()
             for pending in [pending for pending in self.pending.values() if pending.seen != self._seen(pending.stage)]:
-                try:
-                    answer = pending.question.poll()
-                except StagingError as error:
-                    answer = wire.refusal(error)
-                pending.seen = self._seen(pending.stage)
-                if isinstance(answer, Waiting):
-                    pending.waiting = answer
-                    continue
-                del self.pending[pending.session]
-                progress = True
-                answers += self._outgoing(pending, answer)
+                progress |= self._ask_again(pending)
         self._write_down()
+        answers, self._answers = self._answers, []
         return answers
+
+    def _ask_again(self, pending: Pending) -> bool:
+        """Whether a pending question has been answered now."""
+        try:
+            answer = pending.question.poll()
+        except StagingError as error:
+            answer = wire.refusal(error)
+        pending.seen = self._seen(pending.stage)
+        if isinstance(answer, Waiting):
+            pending.waiting = answer
+            return False
+        del self.pending[pending.session]
+        self._answers += self._outgoing(pending, answer)
+        return True
 
     def _seen(self, stage: str) -> tuple[int, int] | None:
         found = self.stages.get(stage)
-        return None if found is None else (id(found), found.revision)
+        return None if found is None else (id(found), found.occasions)
 
     def _write_down(self) -> None:
         """The ledgers first, then the news."""
@@ -423,6 +433,8 @@ class Service:
 
     def status(self) -> wire.StatusReport:
         """What the daemon holds, who uses it, and what is awaited."""
+        for pending in list(self.pending.values()):
+            self._ask_again(pending)  # what it waits for may have changed without an occasion for it to end
         return wire.StatusReport(
             pid=os.getpid(),
             uptime_s=self.clock() - self._started,
