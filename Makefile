@@ -19,6 +19,7 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.host
+	$(BIN)/python -m benchmarks.control
 
 # Every package is named with its version in requirements/cpu.txt, so nothing is resolved anew.
 .venv/installed: requirements/cpu.txt pyproject.toml

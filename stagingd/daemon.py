@@ -196,6 +196,7 @@ class Daemon:
         for out in answers:
             # A peer that is gone or does not read its answers must not stop the others: ROUTER drops its mail.
             self._router.send_multipart([out.identity, out.request_id, wire.encode(out.answer)], _NOBLOCK)
+        self._service.tell_the_news()
 
     def _publish(self, event: wire.Event) -> None:
         self._events.send_multipart([event.stage.encode(), wire.encode(event)], _NOBLOCK)

@@ -360,11 +360,14 @@ class Service:
         return None if found is None else (id(found), found.occasions)
 
     def _write_down(self) -> None:
-        """The ledgers first, then the news."""
+        """Nothing is said that does not stand in the ledgers."""
         for name in [name for name, stage in self.stages.items() if stage.deserted]:
             del self.stages[name]
         for stage in self.stages.values():
             stage.save()
+
+    def tell_the_news(self) -> None:
+        """Publish what has happened. Apart from the answers, which are awaited: they are to be sent first."""
         events, self._events = self._events, []
         for event in events:
             self.event(event)
