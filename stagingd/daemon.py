@@ -77,7 +77,7 @@ class Daemon:
     def run(self) -> None:
         """Serve. After a clean end no socket is left, and no segment unless it was handed over."""
         settings = self._settings
-        with _runtime_dir(settings), _only_one(settings.runtime_dir), self._signals() as wakeup:
+        with runtime_folder(settings), _only_one(settings.runtime_dir), self._signals() as wakeup:
             self._service.recover()
             self._events = self._socket(zmq.PUB)
             self._bind(self._events, settings.event_socket)
@@ -256,7 +256,7 @@ def _room_for_connections() -> int:
 
 
 @contextmanager
-def _runtime_dir(settings: Settings) -> Iterator[None]:
+def runtime_folder(settings: Settings) -> Iterator[None]:
     """The folder of the sockets: made if need be, and nobody else's."""
     path = settings.runtime_dir
     path.mkdir(mode=0o750 if settings.group else 0o700, parents=True, exist_ok=True)
