@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,12 +85,11 @@ def group() -> grp.struct_group:
 
 
 @pytest.fixture
-def open_folder(tmp_path: Path) -> Path:
-    """A folder to which everybody finds the way."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o011)
-    return tmp_path / "run"
+def open_folder() -> Iterator[Path]:
+    """A folder to which everybody finds the way, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="stagingd-test-") as folder:
+        Path(folder).chmod(0o711)
+        yield Path(folder) / "run"
 
 
 @pytest.fixture
