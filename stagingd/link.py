@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 import time
 from pathlib import Path
 
 import zmq
 
-from stagingd.errors import ConnectionLost, DaemonUnreachable, SocketNotTrusted
+from stagingd.errors import ConnectionLost, DaemonUnreachable, SocketNotTrusted, TooManyPeers
 
 CONNECT_S = 5.0
 """How long the kernel may take to connect."""
@@ -39,17 +40,24 @@ class Link:
     Raises:
         DaemonUnreachable: nobody listens there.
         SocketNotTrusted: the socket belongs to neither this user nor root, nor to a group of this process.
+        TooManyPeers: this process has as many sockets as it may.
     """
 
     def __init__(self, path: Path) -> None:
         check_trusted(path)
         check_listening(path)
         self._path = path
-        # The process's one context: a context that is collected with a socket still open would never end.
-        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)  # and not IMMEDIATE, which forgets answers that a disconnect follows
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_ENDS)
-        self._socket.connect(f"ipc://{path}")
+        try:
+            # The process's one context: a context that is collected with a socket still open would never end.
+            self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)  # and not IMMEDIATE, which forgets answers that an end follows
+            self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(_ENDS)
+            self._socket.connect(f"ipc://{path}")
+        except zmq.ZMQError as error:
+            raise TooManyPeers(
+                f"this process cannot open one more connection to {path}: {error}",
+                remedy="close connections that are not used, or raise the limit on open files",
+            ) from error
         self._lost = False
         self._pollers = {event: self._poller(event) for event in (zmq.POLLIN, zmq.POLLOUT)}
 
@@ -137,7 +145,8 @@ def check_trusted(path: Path) -> None:
 def check_listening(path: Path) -> None:
     """ZeroMQ would try for ever to reach a socket that a dead daemon has left; the kernel knows at once."""
     with socket.socket(socket.AF_UNIX) as trial:
-        trial.settimeout(CONNECT_S)
+        # Not settimeout: where a crowd is connecting, a socket that does not block is refused at once.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(CONNECT_S), 0))
         try:
             trial.connect(str(path))
         except OSError as error:
