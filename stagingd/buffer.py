@@ -13,6 +13,7 @@ after the next change.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -28,6 +29,10 @@ from stagingd.errors import (
 
 REMEMBERED_LOSSES = 16
 """Leases taken away that are remembered: enough to tell a late rank why, and bounded for ever."""
+
+
+NAMED_RANKS = 16
+"""Ranks that a message names one by one: whom to look at first."""
 
 
 class Policy(StrEnum):
@@ -220,7 +225,7 @@ class DoubleBuffer:
         return free
 
     def _uncommitted(self, slot: Slot) -> tuple[str, ...]:
-        return tuple(f"trainer rank {rank}" for rank in range(self.ranks) if rank not in slot.committed)
+        return named("trainer rank", (rank for rank in range(self.ranks) if rank not in slot.committed))
 
     def commit(self, rank: int, version: int, *, again: bool = False) -> bool:
         """A rank has put all its boxes. Returns whether all have, so that the version can be sealed.
@@ -338,7 +343,7 @@ class DoubleBuffer:
         if rank in lease.done:
             return Waiting(
                 f"engine {lease.engine!r} to finish version {lease.version}",
-                tuple(f"engine {lease.engine!r} rank {other}" for other in lease.missing),
+                named(f"engine {lease.engine!r} rank", lease.missing),
             )
         if rank in lease.holding and again:
             return lease
@@ -457,6 +462,13 @@ class DoubleBuffer:
     def _free_if_drained(self, slot: Slot) -> None:
         if slot.state is SlotState.DRAINING and not self.leases_on(slot):
             slot.clear()
+
+
+def named(what: str, ranks: Iterable[int]) -> tuple[str, ...]:
+    """The ranks one by one, the first of many: ``trainer rank 3``, …"""
+    first = list(itertools.islice(ranks, NAMED_RANKS + 1))
+    names = tuple(f"{what} {rank}" for rank in first[:NAMED_RANKS])
+    return names if len(first) <= NAMED_RANKS else (*names, "and more")
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -9,14 +9,13 @@ tensors the moments. So any shard is written, and any slice read, by addressing 
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import FailFast, Field, model_validator
 
 from stagingd import boxes, moments
 from stagingd.boxes import Box, Shape
@@ -29,17 +28,36 @@ ALIGNMENT: Final = 256
 """Bytes: every tensor starts at a multiple, so that copies and kernels take their fast paths."""
 
 
+MAX_DIMS: Final = 16
+"""Dims of a tensor: no model comes near, and the cost of some checks grows with their square."""
+
+MAX_BOXES: Final = 4096
+"""Distinct boxes of one tensor: they are compared with each other."""
+
+MAX_ELEMENTS: Final = 2**50
+"""Elements of one tensor: beyond any machine, and far from where sizes in bytes would not fit a message."""
+
 GridName = Annotated[Grid, Field(strict=False)]
 """A grid, also as the plain string that arrives in a message."""
+
+
+_Cut = tuple[Shape, tuple[Box, ...]]
+_Cover = tuple[tuple[int, int, Box] | None, Box | None]
 
 
 class TensorDeclaration(Record):
     """What one rank says of a tensor: its global dtype and shape, and the boxes that this rank holds."""
 
     name: Name
-    dtype: str
-    shape: Shape
-    boxes: tuple[Box, ...]
+    dtype: Annotated[str, Field(max_length=64)]
+    shape: Annotated[Shape, Field(max_length=MAX_DIMS), FailFast()]
+    boxes: Annotated[tuple[Box, ...], Field(max_length=MAX_BOXES), FailFast()]
+
+    @model_validator(mode="after")
+    def _dims_are_few(self) -> TensorDeclaration:
+        if any(max(len(box.offsets), len(box.lengths)) > MAX_DIMS for box in self.boxes):
+            raise ValueError(f"a box has more than {MAX_DIMS} dims")
+        return self
 
 
 class StagedTensor(Record):
@@ -162,8 +180,9 @@ def build(stage: str, declarations: Sequence[Sequence[TensorDeclaration]], grids
     holders = _holders(declarations)
     first = {tensor.name: tensor for rank in reversed(declarations) for tensor in reversed(rank)}
     order = list(dict.fromkeys(tensor.name for rank in declarations for tensor in rank))
+    covers: dict[_Cut, _Cover] = {}  # thousands of experts are cut alike
     for name in order:
-        _check_cover(first[name], holders[name])
+        _check_cover(first[name], holders[name], covers)
     owners = _choose_owners(first, holders)
     tensors, at = [], 0
     for name in order:
@@ -226,6 +245,13 @@ def _check_declaration(rank: int, tensor: TensorDeclaration) -> None:
             tensor=tensor.name,
             rank=rank,
         )
+    if math.prod(tensor.shape) > MAX_ELEMENTS:
+        raise WrongShape(
+            f"rank {rank} declares tensor {tensor.name!r} with shape {tensor.shape}: more than {MAX_ELEMENTS} elements",
+            remedy="declare the tensor's true global shape",
+            tensor=tensor.name,
+            rank=rank,
+        )
     for box in tensor.boxes:
         if not boxes.fits(box, tensor.shape) or not box.volume:
             raise BoxOutside(
@@ -255,9 +281,18 @@ def _check_agreement(rank: int, tensor: TensorDeclaration, other_rank: int, othe
         )
 
 
-def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]]) -> None:
+def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]], covers: dict[_Cut, _Cover]) -> None:
     distinct = tuple(holders)
-    clash, missing = _cover(tensor.shape, distinct)
+    if len(distinct) > MAX_BOXES:
+        raise WrongShape(
+            f"tensor {tensor.name!r} is declared in {len(distinct)} boxes, more than {MAX_BOXES}",
+            remedy="declare it in fewer, larger boxes",
+            tensor=tensor.name,
+        )
+    cut = tensor.shape, distinct
+    if cut not in covers:
+        covers[cut] = _cover(*cut)
+    clash, missing = covers[cut]
     if clash is not None:
         raise _doubled(tensor.name, clash[2], holders[distinct[clash[0]]][0], holders[distinct[clash[1]]][0])
     if missing is not None:
@@ -269,8 +304,7 @@ def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]]
         )
 
 
-@functools.lru_cache(maxsize=1 << 12)  # thousands of experts are cut alike
-def _cover(shape: Shape, distinct: tuple[Box, ...]) -> tuple[tuple[int, int, Box] | None, Box | None]:
+def _cover(shape: Shape, distinct: tuple[Box, ...]) -> _Cover:
     """Two boxes that share elements, and a box that is missing: None where there is no such thing."""
     clash = boxes.overlapping(distinct)
     return clash, None if clash else boxes.uncovered(shape, distinct)

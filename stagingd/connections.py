@@ -43,13 +43,20 @@ class Connections:
         """Becomes readable when a connection opens or closes: call ``lost`` then."""
         return self._monitor
 
-    def peer(self, frame: zmq.Frame) -> Peer:
-        """Who sent a message, given its first frame, which is the connection's identity."""
+    def peer(self, frame: zmq.Frame) -> Peer | None:
+        """Who sent a message, given its first frame, which is the connection's identity.
+
+        None for somebody who speaks a version of ZeroMQ's protocol so old that there are no credentials.
+        """
         identity = frame.bytes
         found = self._peers.get(identity)
         if found is None:
-            found = self._peers[identity] = Peer(identity, *_credentials(frame))
-            self._by_fd[int(frame.get(zmq.SRCFD))] = identity
+            try:
+                fd, address = int(frame.get(zmq.SRCFD)), str(frame.get("Peer-Address"))
+            except zmq.ZMQError:
+                return None
+            found = self._peers[identity] = Peer(identity, *_credentials(address))
+            self._by_fd[fd] = identity
         return found
 
     def lost(self) -> Iterator[bytes]:
@@ -71,9 +78,9 @@ class Connections:
         self._monitor.close(linger=0)
 
 
-def _credentials(frame: zmq.Frame) -> tuple[int, int, int]:
+def _credentials(address: str) -> tuple[int, int, int]:
     """uid, gid and pid: for ipc, ZeroMQ puts what SO_PEERCRED says behind the peer's address."""
-    parts = str(frame.get("Peer-Address")).rsplit(":", 3)[1:]
+    parts = address.rsplit(":", 3)[1:]
     if len(parts) == 3 and all(part.isdigit() for part in parts):
         return int(parts[0]), int(parts[1]), int(parts[2])
     return _NOBODY, _NOBODY, 0

@@ -21,7 +21,7 @@ import zmq
 from stagingd import wire
 from stagingd.config import Settings
 from stagingd.connections import Connections
-from stagingd.errors import DaemonRunning, SocketNotTrusted
+from stagingd.errors import DaemonRunning, MessageTooLarge, SocketNotTrusted
 from stagingd.liveness import Processes
 from stagingd.segment import Segment
 from stagingd.service import Outgoing, Service
@@ -35,7 +35,7 @@ HARD_LIMIT_BYTES = 2 * wire.MAX_MESSAGE_BYTES
 RECEIVE_QUEUE = 16
 """Messages of one peer that ZeroMQ takes before they are read: with their size limit, its memory is bounded."""
 
-SEND_QUEUE = 64
+SEND_QUEUE = 256
 """Answers kept for a peer that does not read them; later ones are dropped."""
 
 HANDSHAKE_S = 5.0
@@ -170,7 +170,8 @@ class Daemon:
             self._note_connections()
             peer = self._connections.peer(first)
             request_id, body = (frame.bytes for frame in rest) if len(rest) == 2 else (b"", b"")
-            self._service.take(peer, request_id, body)
+            if peer is not None:  # else nothing could be answered: our clients are not of that kind
+                self._service.take(peer, request_id, body)
 
     def _note_connections(self) -> None:
         for identity in self._connections.lost():
@@ -199,7 +200,7 @@ class Daemon:
     def _send(self, answers: Iterable[Outgoing]) -> None:
         for out in answers:
             # A peer that is gone or does not read its answers must not stop the others: ROUTER drops its mail.
-            self._router.send_multipart([out.identity, out.request_id, wire.encode(out.answer)], _NOBLOCK)
+            self._router.send_multipart([out.identity, out.request_id, _encoded(out.answer)], _NOBLOCK)
         self._service.tell_the_news()
 
     def _publish(self, event: wire.Event) -> None:
@@ -246,6 +247,14 @@ class Daemon:
         self._context.destroy(linger=1000)
         self._settings.control_socket.unlink(missing_ok=True)
         self._settings.event_socket.unlink(missing_ok=True)
+
+
+def _encoded(answer: wire.Answer) -> bytes:
+    """The answer, or why it cannot be given: one that is too long must not end the daemon."""
+    try:
+        return wire.encode(answer)
+    except MessageTooLarge as error:
+        return wire.encode(wire.refusal(error))
 
 
 def _room_for_connections() -> int:

@@ -9,15 +9,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import msgpack
+import structlog
 from pydantic import ValidationError
 
 from stagingd import catalog
-from stagingd.buffer import Waiting
+from stagingd.buffer import Waiting, named
 from stagingd.catalog import Catalog, TensorDeclaration
-from stagingd.errors import CatalogMismatch, SegmentUnreadable, StagingError
+from stagingd.errors import CatalogMismatch, InternalError, SegmentUnreadable, StagingError
 from stagingd.record import Record
 from stagingd.segment import Segment
 from stagingd.wire import Declare, StageOptions
+
+log = structlog.get_logger()
 
 MakeSegment = Callable[[Catalog, bytes], Segment]
 """Allocates a stage's memory, given its catalog and its terms."""
@@ -114,7 +117,11 @@ class Declaration:
         if failure is None:
             return self._making.result()
         if not isinstance(failure, StagingError):
-            raise failure
+            # Said to the ranks instead of ending the daemon, whose successor they would ask the same.
+            log.error("declaration_failed", stage=self.stage, exc_info=failure)
+            failure = InternalError(
+                f"the memory of stage {self.stage!r} cannot be made: {failure!r}", remedy="report this"
+            )
         self.error = failure
         return None
 
@@ -123,7 +130,7 @@ class Declaration:
         """The ranks that have not declared; then the memory."""
         if self.terms is not None:
             return Waiting(f"the memory of stage {self.stage!r} to be allocated", ("the daemon",))
-        missing = tuple(f"trainer rank {rank}" for rank in range(self.ranks) if rank not in self.by_rank)
+        missing = named("trainer rank", (rank for rank in range(self.ranks) if rank not in self.by_rank))
         return Waiting(f"all {self.ranks} ranks of stage {self.stage!r} to declare", missing)
 
 

@@ -186,9 +186,12 @@ class Service:
             )
         check_admitted(peer, self.settings)
         self._forget_abandoned(peer)
+        here = self.sessions.find(peer.identity)
         session = self.sessions.hello(peer, request)
-        # Who comes back asks again: the answer would have gone to a connection that is no more.
-        self.pending.pop(session, None)
+        if session is here:
+            self._supersede(session)
+        else:  # who comes back asks again: the answer would go to a connection that is no more
+            self.pending.pop(session, None)
         return wire.Welcome(
             protocol=wire.PROTOCOL,
             pid=os.getpid(),

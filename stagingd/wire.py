@@ -15,12 +15,12 @@ from enum import StrEnum
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgpack
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from stagingd.boxes import Box
 from stagingd.buffer import Policy
 from stagingd.catalog import GridName, TensorDeclaration
-from stagingd.errors import MessageRefused, MessageTooLarge, StagingError, from_code
+from stagingd.errors import Context, MessageRefused, MessageTooLarge, StagingError, from_code
 from stagingd.moments import ALL_GRIDS
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
 
@@ -30,8 +30,14 @@ PROTOCOL: Final = 2
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
 """A declaration of 18,000 tensors by 64 ranks stays below 32 MiB."""
 
-MAX_DEPTH_ITEMS: Final = 16 * 2**20
-"""Items in one array or map of a message; msgpack's own limit on nesting bounds the depth."""
+MAX_ARRAY_ITEMS: Final = 16 * 2**20
+"""Items in one array of a message; msgpack's own limit on nesting bounds the depth."""
+
+MAX_MAP_ITEMS: Final = 64
+"""Entries in one map of a message: no message has so many fields."""
+
+MAX_TEXT: Final = 2000
+"""Characters of a text in a refusal: it may quote what was sent, and that may be as long as a message."""
 
 
 TOKEN_BYTES: Final = 16
@@ -52,7 +58,7 @@ class StageOptions(Record):
     """How a stage behaves; every rank declares the same."""
 
     policy: Annotated[Policy, Field(strict=False)] = Policy.LATEST
-    grids: Annotated[tuple[GridName, ...], Field(min_length=1)] = ALL_GRIDS
+    grids: Annotated[tuple[GridName, ...], Field(min_length=1, max_length=len(ALL_GRIDS)), FailFast()] = ALL_GRIDS
     on_non_finite: Annotated[OnNonFinite, Field(strict=False)] = OnNonFinite.REJECT
 
 
@@ -77,7 +83,7 @@ class Declare(Record):
     rank: Rank
     ranks: RankCount
     options: StageOptions
-    tensors: tuple[TensorDeclaration, ...]
+    tensors: Annotated[tuple[TensorDeclaration, ...], FailFast()]
     timeout_s: Seconds
 
 
@@ -343,7 +349,7 @@ def _check_size(size: int) -> None:
 def _decode(adapter: TypeAdapter[Message], body: bytes) -> Message:
     _check_size(len(body))
     try:
-        plain = msgpack.unpackb(body, use_list=False, max_array_len=MAX_DEPTH_ITEMS, max_map_len=MAX_DEPTH_ITEMS)
+        plain = _unpacked(body)
     except (ValueError, msgpack.UnpackException) as error:
         raise MessageRefused(
             f"a message of {len(body)} bytes is not msgpack: {error}", remedy="use a client of the same version"
@@ -352,21 +358,41 @@ def _decode(adapter: TypeAdapter[Message], body: bytes) -> Message:
         return adapter.validate_python(plain)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the message"
+        where = ".".join(map(str, first["loc"]))[:MAX_TEXT] or "the message"
         raise MessageRefused(
-            f"a message is malformed: {where}: {first['msg']}", remedy="use a client of the same version"
+            f"a message is malformed: {where}: {first['msg'][:MAX_TEXT]}", remedy="use a client of the same version"
         ) from error
+
+
+def _unpacked(body: bytes) -> object:
+    """What msgpack makes of a body. Raises ValueError, msgpack.UnpackException."""
+    # First without making anything: arrays are allocated as long as they say that they are, level by level.
+    walker = msgpack.Unpacker(max_buffer_size=MAX_MESSAGE_BYTES)
+    walker.feed(body)
+    walker.skip()
+    plain = msgpack.unpackb(body, use_list=False, max_array_len=MAX_ARRAY_ITEMS, max_map_len=MAX_MAP_ITEMS)
+    # The kind decides what is validated; pydantic would put any other thing into words, however deep.
+    if not isinstance(plain, dict) or not isinstance(plain.get("kind"), str):
+        raise ValueError("it is not a map with a kind")
+    return plain
 
 
 def refusal(error: StagingError) -> Refusal:
     """The error as an answer."""
-    context = {name: list(value) if isinstance(value, Box) else value for name, value in error.context.items()}
-    return Refusal(code=error.code, what=error.what, remedy=error.remedy, context=context)
+    context = {name: _bounded(value) for name, value in error.context.items()}
+    return Refusal(code=error.code, what=error.what[:MAX_TEXT], remedy=error.remedy[:MAX_TEXT], context=context)
+
+
+def _bounded(value: Context) -> object:
+    if isinstance(value, Box):
+        return list(value)
+    return value[:MAX_TEXT] if isinstance(value, str) else value
 
 
 def refused(answer: Refusal) -> StagingError:
     """The error that an answer stands for, to be raised by the one who asked."""
-    context = dict(answer.context)
-    if isinstance(context.get("box"), tuple):
-        context["box"] = Box(*context["box"])
+    context = {name: value for name, value in answer.context.items() if name not in ("code", "what", "remedy")}
+    match context.get("box"):
+        case (tuple() as offsets, tuple() as lengths):
+            context["box"] = Box(offsets, lengths)
     return from_code(answer.code, answer.what, answer.remedy, context)

@@ -41,4 +41,12 @@ def stage_name() -> str:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How deep the long tests go; the defaults are for CI."""
+    parser.addoption(
+        "--fuzz-messages",
+        type=int,
+        default=60_000,
+        metavar="N",
+        help="hostile messages for the decoders; a live daemon gets a tenth (a full run: 1000000)",
+    )
+    parser.addoption("--life-steps", type=int, default=20_000, help="steps of the stateful test of a daemon's life")
     parser.addoption("--endurance-versions", type=int, default=160, help="versions of the endurance run")

@@ -18,7 +18,6 @@ import zmq
 from daemons import DEADLINE_S, RunningDaemon, eventually, start
 
 from stagingd import wire
-from stagingd.connection import Connection
 from stagingd.daemon import HANDSHAKE_S
 from stagingd.errors import DaemonUnreachable
 
