@@ -110,13 +110,7 @@ def overlapping(boxes: Sequence[Box]) -> tuple[int, int, Box] | None:
 
 
 def uncovered(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
-    """A box of the tensor that none of ``boxes`` covers, or None when they cover all of it.
-
-    The boxes are disjoint and lie inside: then their volumes tell at once whether something is missing.
-    """
-    boxes = list(boxes)
-    if sum(box.volume for box in boxes) == math.prod(shape):
-        return None
+    """A box of the tensor that none of ``boxes`` covers, or None when they cover all of it."""
     rest = [whole(shape)] if math.prod(shape) else []
     for box in boxes:
         rest = list(itertools.chain.from_iterable(subtract(part, box) for part in rest))

@@ -307,6 +307,8 @@ def _check_cover(tensor: TensorDeclaration, holders: Mapping[Box, Sequence[int]]
 def _cover(shape: Shape, distinct: tuple[Box, ...]) -> _Cover:
     """Two boxes that share elements, and a box that is missing: None where there is no such thing."""
     clash = boxes.overlapping(distinct)
+    if clash is None and sum(box.volume for box in distinct) == math.prod(shape):
+        return None, None  # disjoint, and as large as the tensor: to cut it up box by box would tell the same
     return clash, None if clash else boxes.uncovered(shape, distinct)
 
 

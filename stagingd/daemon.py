@@ -42,9 +42,6 @@ HANDSHAKE_S = 5.0
 """A peer that connects and says nothing is cut off after so long."""
 
 
-BACKLOG = 1024
-"""Connections that the kernel keeps until they are taken: all ranks of a node may come at once."""
-
 DOOR_MS = 100
 """How often a closed door is looked at."""
 
@@ -115,7 +112,7 @@ class Daemon:
         """All to be set before the socket is bound: ZeroMQ applies them to connections made later."""
         options: dict[int, int] = {
             zmq.LINGER: 1000,
-            zmq.BACKLOG: BACKLOG,
+            zmq.BACKLOG: min(1024, self._room),  # all ranks of a node may come at once
             zmq.SNDHWM: SEND_QUEUE,
             zmq.HANDSHAKE_IVL: int(HANDSHAKE_S * 1000),
             zmq.MAXMSGSIZE: HARD_LIMIT_BYTES if kind == zmq.ROUTER else 256,  # a PUB socket takes subscriptions only
