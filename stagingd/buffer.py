@@ -14,7 +14,7 @@ after the next change.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -289,10 +289,17 @@ class DoubleBuffer:
         self._occasion()
         return version
 
-    def trainer_gone(self, rank: int, reason: str) -> int | None:
-        """A trainer rank is gone: what it had not finished is aborted. Returns the version, if any."""
+    def trainer_gone(self, rank: int, reason: str, *, there: Collection[int] | None = None) -> int | None:
+        """A trainer rank is gone: what can no longer be finished is aborted. Returns the version, if any.
+
+        Args:
+            rank: the one that is gone. What it has committed stands as long as the others can finish the version.
+            reason: why, for whoever asks.
+            there: the ranks that are still there; all others by default.
+        """
         filling = self.filling
-        if filling is None or rank in filling.committed:
+        others = set(range(self.ranks) if there is None else there) - {rank}
+        if filling is None or set(range(self.ranks)) - filling.committed <= others:
             return None
         return self.abort(reason)
 
@@ -326,7 +333,7 @@ class DoubleBuffer:
         """
         current = next((lease for lease in self.leases.values() if lease.engine == engine), None)
         if current is not None:
-            return self._join_lease(current, rank, version, again)
+            return self._join_lease(current, rank, version, newer_than, again)
         slot = self._readable(version, newer_than)
         if isinstance(slot, Waiting):
             return slot
@@ -339,7 +346,9 @@ class DoubleBuffer:
         self._occasion()
         return lease
 
-    def _join_lease(self, lease: Lease, rank: int, version: int | None, again: bool) -> Lease | Waiting:
+    def _join_lease(
+        self, lease: Lease, rank: int, version: int | None, newer_than: int | None, again: bool
+    ) -> Lease | Waiting:
         if rank in lease.done:
             return Waiting(
                 f"engine {lease.engine!r} to finish version {lease.version}",
@@ -354,9 +363,11 @@ class DoubleBuffer:
                 version=lease.version,
                 rank=rank,
             )
-        if version is not None and version != lease.version:
+        wrong = version not in (None, lease.version)
+        if wrong or (newer_than is not None and lease.version <= newer_than):
+            asked = f"version {version}" if wrong else f"a version newer than {newer_than}"
             raise VersionMismatch(
-                f"engine {lease.engine!r} rank {rank} asks for version {version}, "
+                f"engine {lease.engine!r} rank {rank} asks for {asked}, "
                 f"but rank {min(lease.holding | lease.done)} leased version {lease.version}",
                 remedy="ask for the same version on every rank of an engine",
                 version=version,
@@ -431,10 +442,21 @@ class DoubleBuffer:
             return False
         return lease_id < self.next_lease and lease_id not in self.lost_leases
 
-    def reader_gone(self, engine: str, rank: int) -> None:
-        """A reader rank is gone: it holds nothing any more, and nobody waits for it."""
+    def reader_gone(self, engine: str, rank: int, reason: str = "it left") -> None:
+        """A reader rank is gone: it holds nothing any more, and nobody waits for it.
+
+        Should it come back, what it has read since is worth nothing: it must not believe that it released the lease.
+        """
         for lease in [lease for lease in self.leases.values() if lease.engine == engine]:
+            if rank in lease.holding:
+                self._remember_lost(lease.id, reason)
             self._finish(lease, rank)
+
+    def engine_gone(self, engine: str) -> None:
+        """An engine has no rank any more: those that it never had, or had lost before, will not come either."""
+        for lease in [lease for lease in self.leases.values() if lease.engine == engine]:
+            for rank in lease.missing:
+                self._finish(lease, rank)
 
     def end_lease(self, lease_id: int, reason: str) -> Lease | None:
         """Take a lease away from all its ranks. Returns it, or None when it had ended."""

@@ -23,6 +23,9 @@ _NOBODY: Final = 2**32 - 1
 _EVENTS: Final = int(zmq.EVENTS)
 _READABLE: Final = int(zmq.POLLIN)
 
+_EVENTS_KEPT: Final = 2048
+"""More than the monitor keeps (a thousand at either end): then its thread waits, and no connection is taken."""
+
 
 class Connections:
     """Follows a socket's connections; make it before the socket is bound.
@@ -63,8 +66,12 @@ class Connections:
         """Identities of connections that have closed.
 
         To be called also before ``peer``: a descriptor's number is used again only after its end was reported.
+        All that were known at the call are told, and not many more: where peers come and go without end, others
+        are to be served too.
         """
-        while int(self._monitor.get(_EVENTS)) & _READABLE:
+        for _ in range(_EVENTS_KEPT):
+            if not int(self._monitor.get(_EVENTS)) & _READABLE:
+                return
             event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
             self.changed = True
             identity = self._by_fd.pop(event["value"], None) if event["event"] == zmq.EVENT_DISCONNECTED else None
@@ -73,7 +80,9 @@ class Connections:
                 yield identity
 
     def close(self) -> None:
-        """Stop following."""
+        """Stop following. To be called when nobody can connect any more."""
+        while self._monitor.poll(0):  # its thread may wait for room for one more event, and disable_monitor for it
+            self._monitor.recv_multipart()
         self._socket.disable_monitor()
         self._monitor.close(linger=0)
 

@@ -233,6 +233,7 @@ class Daemon:
         self._signal = number
 
     def _close(self) -> None:
+        self._settings.control_socket.unlink(missing_ok=True)  # nobody is to come any more: see Connections.close
         # What is being made is finished first: only then is it known what there is to give back.
         self._background.shutdown(wait=True)
         if self._signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -242,7 +243,6 @@ class Daemon:
         self._processes.close()
         self._connections.close()
         self._context.destroy(linger=1000)
-        self._settings.control_socket.unlink(missing_ok=True)
         self._settings.event_socket.unlink(missing_ok=True)
 
 

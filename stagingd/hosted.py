@@ -171,12 +171,14 @@ class HostedStage:
 
     def declare(self, session: Session, message: wire.Declare) -> Question:
         """A trainer rank declares its tensors, or comes back with the same ones."""
-        self._check_free(self.trainers.get(message.rank), session, f"rank {message.rank} of stage {self.name!r}")
-        declaration = self.declaration
+        holder, declaration = self.trainers.get(message.rank), self.declaration
+        self._check_free(holder, session, f"rank {message.rank} of stage {self.name!r}")
         if self.terms is not None:
             self.terms.check_same(message, self._segment().catalog)
         elif declaration is not None:
             declaration.add(message)
+        if holder not in (None, session):
+            self._abort_unfinished(message.rank, f"{holder} opened another connection")
         self.trainers[message.rank] = session
         self._changes += 1
 
@@ -187,7 +189,11 @@ class HostedStage:
                 return (declaration or self._founding()).awaited
             return wire.Declared(segment=self.segment.name, newest=self.buffer.newest_sealed)
 
-        return Question(poll, lambda _: self._forget_declaration(message.rank))
+        def give_up(_: str) -> None:
+            if self.trainers.get(message.rank) is session:
+                self._forget_declaration(message.rank)
+
+        return Question(poll, give_up)
 
     def make_progress(self) -> None:
         """Take the memory that has been made, or tell the ranks why there is none."""
@@ -217,13 +223,11 @@ class HostedStage:
             self._changes += 1
 
     def _check_free(self, holder: Session | None, session: Session, what: str) -> None:
-        """Refuse a rank that another session speaks for. Raises RankTaken."""
+        """Refuse a rank that another session speaks for, unless it may be taken over. Raises RankTaken."""
         if holder in (None, session):
             return
         if holder.identity is None and holder.pid and (holder.pid, holder.uid) == (session.pid, session.uid):
-            # The same process has closed that connection, and the daemon was away when it said goodbye.
-            self.session_gone(holder, "opened another connection")
-            return
+            return  # the same process has closed that connection, and the daemon was away when it said goodbye
         raise RankTaken(
             f"{what} is held by {holder}",
             remedy="give every process its own rank and every engine its own name, and stop the other one",
@@ -235,21 +239,20 @@ class HostedStage:
 
     def begin(self, session: Session, message: wire.Begin) -> Question:
         """A trainer rank wants a slot to fill."""
-        self._check_trainer(session, message.rank)
         waited = False
 
         def poll() -> wire.Answer | Waiting:
             nonlocal waited
+            self._check_trainer(session, message.rank)  # each time: another connection may have taken the rank
             fresh = self.buffer.filling is None
             slot = self.buffer.begin(message.rank, message.version, again=message.again)
             if isinstance(slot, Slot):
                 if fresh:
                     self._refused = None
                     self._tell("begun", message.version, f"slot {slot.index}")
+                self.begins_kept_waiting += waited  # only now: a restart meanwhile would have it counted twice
                 return wire.Begun(slot=slot.index, waited=waited)
-            if not waited:
-                waited = True
-                self.begins_kept_waiting += 1
+            waited = True
             return self._with_engines(slot)
 
         return Question(poll)
@@ -281,7 +284,7 @@ class HostedStage:
                 raise self._refused[1]
             if self.buffer.newest_sealed == message.version:
                 return wire.Sealed(version=message.version)
-            if self.buffer.filling is None:
+            if not self._awaits_seal(message):
                 _, why = self.buffer.last_abort or (None, "the daemon lost it")
                 raise VersionAborted(
                     f"version {message.version} was aborted: {why}",
@@ -290,7 +293,16 @@ class HostedStage:
                 )
             return self.buffer.awaited_commits(message.version)
 
-        return Question(poll, self._abort)
+        def give_up(reason: str) -> None:
+            if self._awaits_seal(message):
+                self._abort(reason)
+
+        return Question(poll, give_up)
+
+    def _awaits_seal(self, message: wire.Commit) -> bool:
+        """Whether what this rank has committed is still there: the version may have been begun anew since."""
+        filling = self.buffer.filling
+        return filling is not None and filling.version == message.version and message.rank in filling.committed
 
     def _seal(self, segment: Segment) -> None:
         filling = self.buffer.filling
@@ -349,6 +361,8 @@ class HostedStage:
             )
         holder = engine.members.get(message.rank)
         self._check_free(holder, session, f"rank {message.rank} of engine {message.engine!r}")
+        if holder not in (None, session):
+            self.buffer.reader_gone(message.engine, message.rank)
         if holder is not session:
             engine.members[message.rank] = session
             self.engines[message.engine] = engine
@@ -369,9 +383,9 @@ class HostedStage:
         self, session: Session, message: wire.LeaseVersion, clock: Callable[[], float], lease_s: float
     ) -> Question:
         """A reader rank wants a version; a lease granted for it is good for ``lease_s`` seconds."""
-        engine = self._check_reader(session, message.engine, message.rank)
 
         def poll() -> wire.Answer | Waiting:
+            engine = self._check_reader(session, message.engine, message.rank)
             now, fresh = clock(), self.buffer.next_lease
             lease = self.buffer.lease(
                 message.engine,
@@ -417,17 +431,21 @@ class HostedStage:
             del self.trainers[rank]
             self._changes += 1
             self._forget_declaration(rank)
-            version = self.buffer.trainer_gone(rank, f"trainer rank {rank}, {session}, {how}")
-            if version is not None:
-                self.aborted_versions += 1
-                self._tell("aborted", version, f"trainer rank {rank} {how}")
+            self._abort_unfinished(rank, f"{session} {how}")
         for name, engine in list(self.engines.items()):
             for rank in [rank for rank, holder in engine.members.items() if holder is session]:
                 del engine.members[rank]
                 self._changes += 1
-                self.buffer.reader_gone(name, rank)
+                self.buffer.reader_gone(name, rank, f"{session} {how}")
             if not engine.members:
                 del self.engines[name]
+                self.buffer.engine_gone(name)
+
+    def _abort_unfinished(self, rank: int, why: str) -> None:
+        version = self.buffer.trainer_gone(rank, f"trainer rank {rank}: {why}", there=self.trainers)
+        if version is not None:
+            self.aborted_versions += 1
+            self._tell("aborted", version, f"trainer rank {rank}: {why}")
 
     def _segment(self) -> Segment:
         if self.segment is None:

@@ -10,7 +10,6 @@ half made                         removed: nobody has ever seen it
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ def recover(settings: Settings) -> Iterator[Left]:
     for path in sorted(path for path in SHARED_MEMORY.iterdir() if path.name.startswith(prefix)):
         if path.name.endswith(SET_ASIDE):
             log.warning(
-                "set_aside_before", segment=str(path), bytes=path.stat().st_size, remedy="look at it, remove it"
+                "set_aside_before", segment=str(path), bytes=path.lstat().st_size, remedy="look at it, remove it"
             )
         elif path.name.endswith(UNFINISHED):
             _remove_half_made(path)
@@ -64,26 +63,39 @@ def recover(settings: Settings) -> Iterator[Left]:
 
 def _adopt(path: Path, stage: str, settings: Settings) -> Left | None:
     try:
-        if path.stat().st_uid != os.geteuid():
-            raise SegmentForeign(f"{path} belongs to uid {path.stat().st_uid}", remedy="use another segment_prefix")
         lock, mode, group = settings.lock_memory, settings.shared_mode, settings.group_id
         return _left(segment.adopt(f"/{path.name}", lock=lock, mode=mode, group=group), stage)
     except (SegmentForeign, SegmentTaken) as error:
         log.warning("segment_left_alone", segment=str(path), what=error.what, remedy=error.remedy)
     except SegmentUnreadable as error:
-        aside = path.with_name(path.name + SET_ASIDE)
-        path.rename(aside)  # in place of one set aside before: the machine must not fill up with them
-        log.error("segment_set_aside", segment=str(aside), what=error.what, remedy="look at it, remove it")
+        _set_aside(path, error)
     return None
 
 
-def _left(found: Segment, stage: str) -> Left:
+def _set_aside(path: Path, error: SegmentUnreadable) -> None:
+    aside = path.with_name(path.name + SET_ASIDE)
+    try:
+        path.rename(aside)  # in place of one set aside before: the machine must not fill up with them
+    except OSError as failure:  # somebody else has put something there
+        what = f"{error.what}; it cannot be set aside as {aside}: {failure.strerror}"
+        log.warning("segment_left_alone", segment=str(path), what=what, remedy="remove both")
+    else:
+        log.error("segment_set_aside", segment=str(aside), what=error.what, remedy="look at it, remove it")
+
+
+def _left(found: Segment, stage: str) -> Left | None:
     try:
         if found.catalog.stage != stage:
             raise SegmentForeign(
                 f"segment {found.name} holds stage {found.catalog.stage!r}", remedy="use another segment_prefix"
             )
-        return Left(found, Terms.decode(found.name, found.terms), state.decode(found.name, found.ledger.read()))
+        record = found.ledger.read()
+        if record == b"":  # its daemon ended before the first state: no client was ever told of it
+            found.unlink()
+            found.close()
+            log.warning("half_made_segment_removed", segment=found.name)
+            return None
+        return Left(found, Terms.decode(found.name, found.terms), state.decode(found.name, record))
     except (SegmentForeign, SegmentUnreadable):
         found.close()
         raise

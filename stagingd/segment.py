@@ -168,12 +168,11 @@ def discard(name: str) -> None:
         SegmentTaken: a daemon is making it.
         SegmentForeign: it belongs to another user.
     """
+    _check_ours(name)
     try:
         shared = posix_ipc.SharedMemory(name)
     except posix_ipc.ExistentialError:
         return
-    except posix_ipc.PermissionsError as error:
-        raise SegmentForeign(f"segment {name} belongs to another user", remedy="use another segment_prefix") from error
     with _closing(shared.fd):
         _own(shared.fd, name)
         _unlink(name)
@@ -191,15 +190,10 @@ def adopt(name: str, *, lock: bool, mode: int = 0o600, group: int = -1) -> Segme
         SegmentUnreadable: it is damaged, truncated, or of another format.
         NotEnoughMemory: more is to be locked than the limit allows.
     """
+    _check_ours(name)
     shared = _open(name, writable=True)
     with ExitStack() as undo:
         undo.callback(os.close, shared.fd)
-        found = os.fstat(shared.fd)
-        if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
-            raise SegmentForeign(
-                f"segment {name} belongs to uid {found.st_uid}, not to this daemon (uid {os.geteuid()})",
-                remedy="remove it, or use another segment_prefix",
-            )
         _own(shared.fd, name)
         block, mapping, catalog = _map(name, shared.fd, mmap.ACCESS_WRITE)
         terms = mapping[block.terms_at : block.terms_at + block.terms_bytes]
@@ -223,6 +217,23 @@ def open_existing(name: str, *, writable: bool) -> Segment:
     with _closing(shared.fd):
         block, mapping, catalog = _map(name, shared.fd, mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
     return Segment(name, mapping, catalog, block)
+
+
+def _check_ours(name: str) -> None:
+    """Everybody may put something into /dev/shm, under any name. Raises SegmentForeign for all but our own files.
+
+    To be called before it is opened. What is ours stays: its directory is sticky, so nobody else can replace it.
+    """
+    try:
+        found = (SHARED_MEMORY / name.lstrip("/")).lstat()
+    except FileNotFoundError:
+        return
+    if found.st_uid != os.geteuid() or not stat.S_ISREG(found.st_mode):
+        raise SegmentForeign(
+            f"segment {name} is not a file of this daemon's uid {os.geteuid()}: {stat.filemode(found.st_mode)}, "
+            f"it belongs to uid {found.st_uid}",
+            remedy="remove it, or use another segment_prefix",
+        )
 
 
 def _open(name: str, *, writable: bool) -> posix_ipc.SharedMemory:

@@ -204,7 +204,7 @@ class Service:
         for session in self.sessions:
             abandoned = session.identity is None and session.pid == peer.pid and session.expires is None
             if abandoned and not any(stage.uses(session) for stage in self.stages.values()):
-                self.sessions.remove(session)
+                self._session_gone(session, "opened another connection")
 
     def _stage(self, name: str) -> HostedStage:
         if name not in self.stages:

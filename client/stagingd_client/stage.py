@@ -33,8 +33,9 @@ from stagingd import segment, wire
 from stagingd.boxes import intersect, relative
 from stagingd.buffer import Policy
 from stagingd.catalog import Catalog, OwnedBox
-from stagingd.connection import ANSWER_S, Connection
+from stagingd.connection import ANSWER_S, Connection, Expected
 from stagingd.errors import (
+    DaemonUnreachable,
     OutOfOrder,
     StagingError,
     VersionNotRising,
@@ -74,6 +75,7 @@ class Stage:
         self._newest: int | None = None
         self._current: Publication | None = None
         self._last: Publication | None = None
+        self._in_doubt: int | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix=f"stagingd-{name}")
 
     @classmethod
@@ -199,8 +201,18 @@ class Stage:
         self._current = Publication(version, deadline_s, self._background.submit(self._request_slot, version))
 
     def _request_slot(self, version: int) -> int:
+        if self._in_doubt is not None:
+            self._send_abort(self._in_doubt, f"rank {self.rank} does not know what became of it")
         request = wire.Begin(stage=self.name, rank=self.rank, version=version, timeout_s=self.timeout_s)
-        return self._connection.request(request, wire.Begun, timeout_s=self.timeout_s).slot
+        return self._ask(request, wire.Begun).slot
+
+    def _ask(self, request: wire.Begin | wire.Commit, answer: type[Expected]) -> Expected:
+        """Where the daemon does not answer, it may have begun the version, or not: it is given up before the next."""
+        try:
+            return self._connection.request(request, answer, timeout_s=self.timeout_s)
+        except DaemonUnreachable:
+            self._in_doubt = request.version
+            raise
 
     def put(
         self,
@@ -271,7 +283,7 @@ class Stage:
             boxes=self._boxes_owned,
             timeout_s=self.timeout_s,
         )
-        self._connection.request(request, wire.Sealed, timeout_s=self.timeout_s)
+        self._ask(request, wire.Sealed)
         self._newest = publication.version
 
     def abort(self, reason: str = "the trainer gave it up") -> None:
@@ -283,7 +295,9 @@ class Stage:
 
     def _send_abort(self, version: int, reason: str) -> None:
         request = wire.Abort(stage=self.name, rank=self.rank, version=version, reason=reason[:2000])
+        self._in_doubt = version
         self._connection.request(request, wire.Done)
+        self._in_doubt = None
 
     def fence(self) -> None:
         """Wait until the shards put so far have been read: afterwards they may be changed.

@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
 import torch
@@ -25,7 +25,7 @@ from stagingd import segment, wire
 from stagingd.boxes import Box, fits, intersect, relative, whole
 from stagingd.catalog import Catalog
 from stagingd.connection import Connection
-from stagingd.errors import BoxOutside, LeaseLost, OutOfOrder
+from stagingd.errors import BoxOutside, DaemonUnreachable, LeaseLost, OutOfOrder
 from stagingd.moments import Grid, Moments, StoredMoments, cells_of, merge_boxes
 
 
@@ -40,6 +40,7 @@ class Reader:
         self.engine = engine
         self.rank = rank
         self._connection = connection
+        self._in_doubt = False
         self._segment = mapped
         self._memory = [_as_bytes(mapped.slot(slot)) for slot in (0, 1)]
 
@@ -103,14 +104,35 @@ class Reader:
             timeout_s=timeout_s,
         )
         asked = time.monotonic()
-        leased = self._connection.request(request, wire.Leased, timeout_s=timeout_s)
+        in_doubt = self._in_doubt
+        leased = self._ask(request)
+        old = newer_than is not None and leased.version <= newer_than
+        if in_doubt and (old or version not in (None, leased.version)):
+            self._release(leased.lease)
+            leased = self._ask(request)
         # Counted from before the question: the daemon's own clock for the lease started later.
         until = asked + leased.deadline_s
         memory, stored = self._memory[leased.slot], self._segment.moments(leased.slot)
         return Lease(self.catalog, leased.version, memory, stored, until, lambda: self._release(leased.lease))
 
+    def _ask(self, request: wire.LeaseVersion) -> wire.Leased:
+        """Where the daemon did not answer the last time, this rank may hold a lease: that one is taken up again."""
+        request = request.model_copy(update={"again": self._in_doubt})
+        with self._doubted():
+            return self._connection.request(request, wire.Leased, timeout_s=request.timeout_s)
+
     def _release(self, lease: int) -> None:
-        self._connection.request(wire.Release(stage=self.stage, lease=lease, rank=self.rank), wire.Done)
+        with self._doubted():
+            self._connection.request(wire.Release(stage=self.stage, lease=lease, rank=self.rank), wire.Done)
+
+    @contextmanager
+    def _doubted(self) -> Iterator[None]:
+        try:
+            yield
+        except DaemonUnreachable:
+            self._in_doubt = True
+            raise
+        self._in_doubt = False
 
     def close(self) -> None:
         """Leave the engine. May be called twice."""
