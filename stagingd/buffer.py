@@ -75,7 +75,8 @@ class Slot:
 class Lease:
     """A reader group's claim on a slot: every rank of the engine joins it and releases it once.
 
-    ``holding`` are the ranks that may be reading now, ``done`` those that have released or are gone.
+    ``holding`` are the ranks that may be reading now, ``done`` those that have released it, ``gone`` those that
+    have left the engine: nobody waits for them, and whoever takes such a rank's place may join while it lasts.
     ``until`` is the time at which it is taken away, on the clock of whoever granted it.
     """
 
@@ -87,16 +88,17 @@ class Lease:
     until: float
     holding: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
 
     @property
     def complete(self) -> bool:
-        """Whether every rank has come and gone."""
-        return len(self.done) == self.ranks
+        """Whether nobody needs it any more: no rank is awaited, or those that held it are gone and none has read it."""
+        return not self.missing or not (self.holding or self.done)
 
     @property
     def missing(self) -> list[int]:
-        """The ranks that have not released it."""
-        return [rank for rank in range(self.ranks) if rank not in self.done]
+        """The ranks that it is kept for."""
+        return [rank for rank in range(self.ranks) if rank not in self.done and rank not in self.gone]
 
 
 @dataclass(frozen=True)
@@ -315,6 +317,7 @@ class DoubleBuffer:
         newer_than: int | None,
         until: float,
         again: bool = False,
+        gone: Iterable[int] = (),
     ) -> Lease | Waiting:
         """An engine's rank asks to read: the first rank decides which version all of them get.
 
@@ -325,6 +328,7 @@ class DoubleBuffer:
             version: exactly this one; the newest complete one by default.
             newer_than: only a version greater than this.
             until: when a lease granted now is to be taken away; ranks that join later get the first's.
+            gone: ranks that have left the engine, for which a lease granted now is not kept.
 
         Raises:
             VersionNotAvailable: the version has been replaced.
@@ -340,7 +344,7 @@ class DoubleBuffer:
         assert slot.version is not None  # a sealed or front slot has one
         if slot.state is SlotState.SEALED:
             self._make_front(slot)
-        lease = Lease(self.next_lease, engine, ranks, slot, slot.version, until, holding={rank})
+        lease = Lease(self.next_lease, engine, ranks, slot, slot.version, until, holding={rank}, gone={*gone} - {rank})
         self.leases[lease.id] = lease
         self.next_lease += 1
         self._occasion()
@@ -374,6 +378,7 @@ class DoubleBuffer:
                 rank=rank,
             )
         lease.holding.add(rank)
+        lease.gone.discard(rank)
         self.revision += 1
         return lease
 
@@ -434,7 +439,8 @@ class DoubleBuffer:
                 remedy="release a lease once per rank",
                 rank=rank,
             )
-        self._finish(lease, rank)
+        lease.done.add(rank)
+        self._let_go(lease, rank)
 
     def _ended_well(self, lease_id: int) -> bool:
         """Whether a lease that is gone was released by all its ranks. In doubt, no: what was read may be torn."""
@@ -442,21 +448,16 @@ class DoubleBuffer:
             return False
         return lease_id < self.next_lease and lease_id not in self.lost_leases
 
-    def reader_gone(self, engine: str, rank: int, reason: str = "it left") -> None:
-        """A reader rank is gone: it holds nothing any more, and nobody waits for it.
+    def reader_gone(self, engine: str, rank: int, reason: str = "it left", *, last: bool = False) -> None:
+        """A reader rank is gone, perhaps the engine's last: it holds nothing any more, and nobody waits for it.
 
         Should it come back, what it has read since is worth nothing: it must not believe that it released the lease.
         """
         for lease in [lease for lease in self.leases.values() if lease.engine == engine]:
             if rank in lease.holding:
                 self._remember_lost(lease.id, reason)
-            self._finish(lease, rank)
-
-    def engine_gone(self, engine: str) -> None:
-        """An engine has no rank any more: those that it never had, or had lost before, will not come either."""
-        for lease in [lease for lease in self.leases.values() if lease.engine == engine]:
-            for rank in lease.missing:
-                self._finish(lease, rank)
+            lease.gone.update(range(lease.ranks) if last else [rank])
+            self._let_go(lease, rank)
 
     def end_lease(self, lease_id: int, reason: str) -> Lease | None:
         """Take a lease away from all its ranks. Returns it, or None when it had ended."""
@@ -467,10 +468,9 @@ class DoubleBuffer:
             self._free_if_drained(lease.slot)
         return lease
 
-    def _finish(self, lease: Lease, rank: int) -> None:
+    def _let_go(self, lease: Lease, rank: int) -> None:
         self.revision += 1
         lease.holding.discard(rank)
-        lease.done.add(rank)
         if lease.complete:
             del self.leases[lease.id]
             self._free_if_drained(lease.slot)

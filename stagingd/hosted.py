@@ -52,10 +52,11 @@ class Question:
 
 @dataclass
 class Engine:
-    """A reader group: the ranks that read a version together."""
+    """A reader group: the ranks that read a version together. ``gone`` are those that were members and left."""
 
     ranks: int
     members: dict[int, Session] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
 
 
 class HostedStage:
@@ -131,8 +132,13 @@ class HostedStage:
             "sessions": [session.record for session in sessions],
             "trainers": [(rank, at[session]) for rank, session in self.trainers.items()],
             "engines": [
-                {"name": name, "ranks": e.ranks, "members": [(rank, at[s]) for rank, s in e.members.items()]}
-                for name, e in self.engines.items()
+                {
+                    "name": name,
+                    "ranks": engine.ranks,
+                    "members": [(rank, at[session]) for rank, session in engine.members.items()],
+                    "gone": list(engine.gone),
+                }
+                for name, engine in self.engines.items()
             ],
         }
 
@@ -160,7 +166,7 @@ class HostedStage:
         stage.trainers = {rank: sessions[index] for rank, index in was.members.trainers}
         for engine in was.members.engines:
             members = {rank: sessions[index] for rank, index in engine.members}
-            stage.engines[engine.name] = Engine(engine.ranks, members)
+            stage.engines[engine.name] = Engine(engine.ranks, members, set(engine.gone))
         stage.buffer = state.restored_buffer(was.buffer, stage.ranks, stage.options.policy)
         stage.sealed_versions = was.sealed_versions
         stage.aborted_versions = was.aborted_versions
@@ -365,6 +371,7 @@ class HostedStage:
             self.buffer.reader_gone(message.engine, message.rank)
         if holder is not session:
             engine.members[message.rank] = session
+            engine.gone.discard(message.rank)
             self.engines[message.engine] = engine
             self._changes += 1
         return wire.Attached(segment=self._segment().name, newest=self.buffer.newest_sealed)
@@ -395,6 +402,7 @@ class HostedStage:
                 newer_than=message.newer_than,
                 until=now + lease_s,
                 again=message.again,
+                gone=engine.gone,
             )
             if isinstance(lease, Waiting):
                 return lease
@@ -435,11 +443,11 @@ class HostedStage:
         for name, engine in list(self.engines.items()):
             for rank in [rank for rank, holder in engine.members.items() if holder is session]:
                 del engine.members[rank]
+                engine.gone.add(rank)
                 self._changes += 1
-                self.buffer.reader_gone(name, rank, f"{session} {how}")
+                self.buffer.reader_gone(name, rank, f"{session} {how}", last=not engine.members)
             if not engine.members:
                 del self.engines[name]
-                self.buffer.engine_gone(name)
 
     def _abort_unfinished(self, rank: int, why: str) -> None:
         version = self.buffer.trainer_gone(rank, f"trainer rank {rank}: {why}", there=self.trainers)

@@ -48,7 +48,9 @@ def recover(settings: Settings) -> Iterator[Left]:
         NotEnoughMemory: a segment may not be locked; it stays as it is.
     """
     prefix = settings.segment_prefix.lstrip("/")
-    for path in sorted(path for path in SHARED_MEMORY.iterdir() if path.name.startswith(prefix)):
+    found = [path for path in SHARED_MEMORY.iterdir() if path.name.startswith(prefix)]
+    # Half made ones first: one may be whole, and killed before it lost that name. Once adopted it counts as in use.
+    for path in sorted(found, key=lambda path: (not path.name.endswith(UNFINISHED), path.name)):
         if path.name.endswith(SET_ASIDE):
             log.warning(
                 "set_aside_before", segment=str(path), bytes=path.lstat().st_size, remedy="look at it, remove it"

@@ -56,6 +56,7 @@ class LeaseRecord(Record):
     until: float
     holding: tuple[Rank, ...]
     done: tuple[Rank, ...]
+    gone: tuple[Rank, ...]
 
 
 class BufferRecord(Record):
@@ -75,6 +76,7 @@ class EngineRecord(Record):
     name: Name
     ranks: RankCount
     members: tuple[tuple[Rank, int], ...]
+    gone: tuple[Rank, ...]
 
 
 class MembersRecord(Record):
@@ -148,6 +150,7 @@ def _lease_state(lease: Lease) -> dict[str, object]:
         "until": lease.until,
         "holding": list(lease.holding),
         "done": list(lease.done),
+        "gone": list(lease.gone),
     }
 
 
@@ -168,6 +171,7 @@ def restored_buffer(record: BufferRecord, ranks: int, policy: Policy) -> DoubleB
             lease.until,
             set(lease.holding),
             set(lease.done),
+            set(lease.gone),
         )
     buffer.lost_leases = dict(record.lost_leases)
     buffer.next_lease = record.next_lease

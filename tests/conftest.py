@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from crashes import table
+from crashes.table import Event, Outcome
 from daemons import RunningDaemon, start
+
+OUTCOMES = pytest.StashKey[dict[Event, Outcome]]()
 
 
 def _served(folder: Path) -> Iterator[RunningDaemon]:
@@ -49,4 +53,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="hostile messages for the decoders; a live daemon gets a tenth (a full run: 1000000)",
     )
     parser.addoption("--life-steps", type=int, default=20_000, help="steps of the stateful test of a daemon's life")
+    parser.addoption("--crash-table", type=Path, metavar="PATH", help="write the table of crash tests as Markdown")
     parser.addoption("--endurance-versions", type=int, default=160, help="versions of the endurance run")
+
+
+@pytest.fixture(scope="session")
+def outcomes(pytestconfig: pytest.Config) -> dict[Event, Outcome]:
+    """What came of the deaths, for the table that is printed at the end."""
+    return pytestconfig.stash.setdefault(OUTCOMES, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the table of deaths, where there were any."""
+    found = config.stash.get(OUTCOMES, {})
+    path = config.getoption("crash_table")
+    if found and path is not None:
+        path.write_text(table.markdown(found))
+    if found:
+        terminalreporter.section(f"crash table: {len(found)} deaths")
+        terminalreporter.write(table.markdown(found))

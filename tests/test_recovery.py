@@ -247,7 +247,7 @@ def test_a_trainer_that_died_while_the_daemon_was_away_aborts_the_version_and_is
         daemon.kill()
         puppet.kill()
         daemon.restart()
-        with pytest.raises(VersionAborted, match=r"trainer rank 1, .*, died while the daemon was away"):
+        with pytest.raises(VersionAborted, match=r"trainer rank 1: .* died while the daemon was away"):
             publication.wait()
         found = daemon.stage("policy")
         assert (found.trainers, found.aborted_versions, states(daemon)) == ((0,), 1, [("free", None)] * 2)
