@@ -262,18 +262,18 @@ def _set_handled(doom: Doom, hook: Handled) -> None:
     }
     passages = 0
 
-    def handling(handle: Function) -> Function:
+    def handling(take: Function) -> Function:
         def wrapped(self: Service, peer: Any, request_id: bytes, body: bytes) -> Any:
             nonlocal passages
             if _matches(body, wanted):
                 passages += 1
                 if passages == hook.passage:
                     _come(doom)
-            return handle(self, peer, request_id, body)
+            return take(self, peer, request_id, body)
 
         return wrapped
 
-    doom.wrap(Service, "handle", handling)
+    doom.wrap(Service, "take", handling)
 
 
 def _matches(body: bytes, wanted: dict[str, object]) -> bool:
