@@ -240,9 +240,11 @@ class DoubleBuffer:
         if again and version == self.newest_sealed:
             return False
         if filling is None or filling.version != version or rank not in filling.begun:
-            if self.last_abort is not None and self.last_abort[0] == version:
+            unsealed = self.newest_sealed is None or version > self.newest_sealed
+            if self.last_abort is not None and unsealed and version <= self.last_abort[0]:
+                newest, why = self.last_abort
                 raise VersionAborted(
-                    f"version {version} was aborted: {self.last_abort[1]}",
+                    f"version {version} was aborted: {why if version == newest else f'{newest} was begun after it'}",
                     remedy="begin it again, or a later one, on every rank",
                     version=version,
                     rank=rank,
@@ -358,9 +360,7 @@ class DoubleBuffer:
                 f"engine {lease.engine!r} to finish version {lease.version}",
                 named(f"engine {lease.engine!r} rank", lease.missing),
             )
-        if rank in lease.holding and again:
-            return lease
-        if rank in lease.holding:
+        if rank in lease.holding and not again:
             raise OutOfOrder(
                 f"engine {lease.engine!r} rank {rank} holds a lease on version {lease.version} already",
                 remedy="release it before the next lease",
@@ -424,9 +424,10 @@ class DoubleBuffer:
             OutOfOrder: the rank does not hold it.
         """
         lease = self.leases.get(lease_id)
-        if again and (self._ended_well(lease_id) if lease is None else rank in lease.done):
+        taken = lease_id in self.lost_leases and (lease is None or rank not in lease.holding)
+        if again and not taken and (self._ended_well(lease_id) if lease is None else rank in lease.done):
             return
-        if lease is None:
+        if lease is None or taken:
             why = self.lost_leases.get(lease_id, "it does not exist")
             raise LeaseLost(
                 f"lease {lease_id} is gone: {why}",
@@ -446,7 +447,7 @@ class DoubleBuffer:
         """Whether a lease that is gone was released by all its ranks. In doubt, no: what was read may be torn."""
         if len(self.lost_leases) == REMEMBERED_LOSSES and lease_id < min(self.lost_leases):
             return False
-        return lease_id < self.next_lease and lease_id not in self.lost_leases
+        return lease_id < self.next_lease
 
     def reader_gone(self, engine: str, rank: int, reason: str = "it left", *, last: bool = False) -> None:
         """A reader rank is gone, perhaps the engine's last: it holds nothing any more, and nobody waits for it.

@@ -283,7 +283,9 @@ def runtime_folder(settings: Settings) -> Iterator[None]:
 @contextmanager
 def _only_one(runtime_dir: Path) -> Iterator[None]:
     """Hold the directory's lock. The kernel lets go of it when the daemon ends, however it ends."""
-    with (runtime_dir / "lock").open("a+") as lock:
+    path = runtime_dir / "lock"
+    # This user's alone: whoever could open it could hold its lock, and keep a successor from starting.
+    with open(path, "a+", opener=lambda name, flags: os.open(name, flags, 0o600)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -424,6 +424,14 @@ class HostedStage:
             self._tell("released", lease.version, f"engine {lease.engine!r}")
         return wire.Done()
 
+    def wait_for_readers(self) -> None:
+        """A reader that cannot be seen may be reading, and not know of the restart: it was promised the time."""
+        for lease in self.buffer.leases.values():
+            for rank in lease.holding:
+                session = self.engines[lease.engine].members[rank]
+                if session.expires is not None:
+                    session.expires = max(session.expires, lease.until)
+
     def end_leases(self, now: float) -> None:
         """Leases whose time is up are taken from the ranks that have not released them."""
         for lease in [lease for lease in self.buffer.leases.values() if lease.until <= now]:

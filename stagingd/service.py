@@ -185,9 +185,9 @@ class Service:
                 remedy="install the same version of stagingd on both sides",
             )
         check_admitted(peer, self.settings)
-        self._forget_abandoned(peer)
         here = self.sessions.find(peer.identity)
         session = self.sessions.hello(peer, request)
+        self._forget_abandoned(peer)
         if session is here:
             self._supersede(session)
         else:  # who comes back asks again: the answer would go to a connection that is no more
@@ -405,6 +405,7 @@ class Service:
         log.info("adopted", stage=name, leases=len(stage.buffer.leases), sessions=len(sessions), **held)
         for session in dead:
             stage.session_gone(session, "died while the daemon was away")
+        stage.wait_for_readers()
 
     def hand_over(self) -> None:
         """The daemon ends and a successor will adopt everything: nobody is told, nothing is given back."""

@@ -241,8 +241,10 @@ class Asked:
 class Client:
     """A connection object of a process, as stagingd.connection has it: one request at a time, one token.
 
-    ``again`` when the request has to be repeated: its connection is gone, or its daemon. ``honest`` as long as it
-    does what the real one does: then it never hears that it does things out of order.
+    Attributes:
+        again: the request has to be repeated: its connection is gone, or its daemon.
+        broken: the connection is gone, which it finds out when it next asks for something: so that goes out again.
+        honest: as long as it does what the real one does. Then it never hears that it does things out of order.
     """
 
     process: Process
@@ -251,6 +253,7 @@ class Client:
     identity: bytes | None = None
     asked: Asked | None = None
     again: bool = False
+    broken: bool = False
     honest: bool = True
     ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -269,7 +272,12 @@ class Copying:
 
 @dataclass
 class Reading:
-    """A reader rank reads a slot. ``torn`` once it has seen anything but one whole version."""
+    """A reader rank reads a slot.
+
+    Attributes:
+        torn: it has seen anything but one whole version.
+        forsaken: the daemon cannot see its process, and has seen its connection break: it is taken for dead.
+    """
 
     memory: Memory
     lease: int
@@ -277,6 +285,7 @@ class Reading:
     version: int
     until: float
     torn: bool = False
+    forsaken: bool = False
 
 
 @dataclass(eq=False)
@@ -414,7 +423,7 @@ class World:
         self.memories: dict[tuple[str, int], Memory] = {}
         self.seats = list(_seats(plan))
         self.options = wire.StageOptions(policy=plan.policy)
-        self.dropped: list[bytes] = []
+        self.dropped: list[tuple[bytes, Client]] = []
         self.held: list[tuple[Peer, Asked]] = []
         self.late = False
         self._unique = itertools.count(1)
@@ -562,7 +571,7 @@ class World:
         """Connect and say hello, with the token of before. Returns whether the daemon knows the client now."""
         before, client.identity = client.identity, self.unique("identity")
         if before is not None:
-            self.dropped.append(before)
+            self.dropped.append((before, client))
         message = wire.Hello(protocol=wire.PROTOCOL, connection=client.token, name=str(client.seats[0]))
         (answer, *others) = self.up.handle(self.peer(client), b"hello", wire.encode(message))
         for other in others:
@@ -578,6 +587,7 @@ class World:
         return True
 
     def disconnect(self, client: Client) -> None:
+        client.broken = client.broken or client.identity is not None
         client.identity = None
         if client.asked is not None:
             client.again, client.asked.arrived = True, None
@@ -585,7 +595,7 @@ class World:
     def break_connection(self, client: Client) -> None:
         """The daemon has yet to see it."""
         if client.identity is not None:
-            self.dropped.append(client.identity)
+            self.dropped.append((client.identity, client))
             self.disconnect(client)
 
     def ask(self, seat: Seat, message: wire.Request, fate: Fate = GOOD) -> None:
@@ -597,6 +607,9 @@ class World:
             self.deliver()
         if self.service is None or client.identity is None:
             return  # a late request was the end of it
+        if client.broken and "again" in type(message).model_fields:
+            message = message.model_copy(update={"again": True})
+        client.broken = False
         request_id = struct.pack("<Q", next(client.ids))
         asked = client.asked = Asked(seat, message, request_id, self.machine.now, seat.copying)
         client.again = False
@@ -608,12 +621,9 @@ class World:
 
     def repeat(self, client: Client, fate: Fate = GOOD) -> None:
         """Ask again what was not answered, as a client does that has found its daemon, or a successor, again."""
-        asked = client.asked
-        assert asked is not None
-        message = asked.message
-        if "again" in type(message).model_fields:
-            message = message.model_copy(update={"again": True})
-        self.ask(asked.seat, message, fate)
+        assert client.asked is not None
+        client.broken = True
+        self.ask(client.asked.seat, client.asked.message, fate)
 
     def _lets_go(self, seat: Seat, message: wire.Request) -> None:
         """A trainer is through with a slot once it commits or aborts, a reader once it releases."""
@@ -672,7 +682,7 @@ class World:
         for other in self.clients():
             if other.process is process:
                 if other.identity is not None and self.service is not None:
-                    self.dropped.append(other.identity)
+                    self.dropped.append((other.identity, other))
                 for seat in other.seats:
                     if seat.client is other:
                         seat.leave()
@@ -686,7 +696,11 @@ class World:
     def see_broken(self) -> None:
         """The daemon sees which connections are broken."""
         while self.dropped and self.service is not None:
-            self.enter(lambda service, identity=self.dropped.pop(0): service.connection_lost(identity))  # type: ignore[misc]
+            identity, client = self.dropped.pop(0)
+            for seat in client.seats if client.process.hidden and self.up.sessions.find(identity) else ():
+                if seat.client is client and seat.reading is not None:
+                    seat.reading.forsaken = True
+            self.enter(lambda service, identity=identity: service.connection_lost(identity))  # type: ignore[misc]
 
     # Answers
 
@@ -764,13 +778,19 @@ class World:
         if answer.code == "disconnected" and seat.client is not None:
             self.disconnect(seat.client)
         copying = seat.copying
-        if isinstance(message, wire.Commit) and copying is not None and copying.version == message.version:
-            if answer.code != "commit_incomplete" and not copying.left:
-                seat.copying = None
+        over = answer.code != "commit_incomplete" and copying is not None and not copying.left
+        if over and isinstance(message, wire.Commit) and copying.version == message.version:
+            seat.copying = None
         if answer.code == "out_of_order":
-            # One that the daemon cannot see may have lost its seat by its silence.
-            assert seat.client is None or not seat.client.honest or seat.client.process.hidden, f"{seat}: {answer}"
+            assert self._may_be_out_of_order(seat, message), f"{seat}: {message}: {answer}"
             seat.seated = seat.seated and "speaks for rank" not in answer.what
+
+    def _may_be_out_of_order(self, seat: Seat, message: wire.Request) -> bool:
+        client, stage = seat.client, self.up.stages.get(seat.stage)
+        if client is None or not client.honest or client.process.hidden or stage is None:
+            return True  # one that the daemon cannot see may have lost its seat by its silence
+        aborted = stage.buffer.last_abort
+        return isinstance(message, wire.Commit) and aborted is not None and message.version > aborted[0]
 
     def look(self, seat: Seat) -> None:
         """The reader looks at everything, if its time is not over."""

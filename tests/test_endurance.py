@@ -33,7 +33,7 @@ def test_ten_thousand_versions_and_random_deaths_lose_nothing_and_leak_nothing(
     early, late = outcome.usage[quarter : 2 * quarter], outcome.usage[-quarter:]
     assert max(u.private_bytes for u in late) <= max(u.private_bytes for u in early) + GROWTH_BYTES
     for what in ("shared_bytes", "descriptors", "threads"):
-        assert {getattr(usage, what) for usage in late} == {getattr(usage, what) for usage in early}, what
+        assert max(getattr(usage, what) for usage in late) <= max(getattr(usage, what) for usage in early), what
 
 
 def report(versions: int, outcome: Outcome) -> None:
