@@ -255,7 +255,7 @@ def test_a_client_that_cannot_be_seen_and_does_not_come_back_after_a_restart_is_
     tmp_path: Path, stage_name: str
 ) -> None:
     need_root()
-    options = ("--heartbeat-s", "0.5", "--return-s", "1")
+    options = ("--heartbeat-s", "0.5", "--return-s", "1", "--lease-s", "2")  # the lease was promised, so it stands
     with serving(tmp_path / "run", *options, wrapper=OWN_PIDS) as daemon, Puppet() as puppet:
         fills(puppet, daemon, stage_name)
         puppet.do("trainer.request(wire.Commit(**who, **wait, version=1, boxes=1), wire.Sealed, **wait)")

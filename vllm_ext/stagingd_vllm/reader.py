@@ -117,7 +117,8 @@ class Reader:
 
     def _ask(self, request: wire.LeaseVersion) -> wire.Leased:
         """Where the daemon did not answer the last time, this rank may hold a lease: that one is taken up again."""
-        request = request.model_copy(update={"again": self._in_doubt})
+        if self._in_doubt:
+            request = request.model_copy(update={"again": True, "version": None, "newer_than": None})
         with self._doubted():
             return self._connection.request(request, wire.Leased, timeout_s=request.timeout_s)
 
