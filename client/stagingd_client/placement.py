@@ -36,7 +36,14 @@ class LocalShard:
 
 @dataclass(frozen=True)
 class Held:
-    """What this rank holds of a tensor; ``values`` has the shape of ``box``."""
+    """What this rank holds of a tensor.
+
+    Attributes:
+        global_shape: that of the whole tensor.
+        box: which part of it.
+        values: its elements: in row-major order they are those of the box. The shape is the box's, or a
+            finer one: rows in another order are a view with more dims, which costs nothing.
+    """
 
     global_shape: tuple[int, ...]
     box: Box
