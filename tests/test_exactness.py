@@ -31,7 +31,7 @@ def staged(tensor: torch.Tensor, boxes: list[Box]) -> Iterator[Lease]:
     catalog = build("policy", ranks, ALL_GRIDS)
     made = segment.create(f"/stagingd-test-{uuid.uuid4().hex[:12]}", catalog, lock=False)
     try:
-        flusher = Flusher(made)
+        flusher = Flusher(made, {})
         for owned in catalog.owned:
             flusher.write(0, owned, tensor[owned.box.slices])
         memory = torch.frombuffer(made.slot(0), dtype=torch.uint8)

@@ -1,16 +1,20 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""From a shard to the slot: cast, copy and moments."""
+"""From a shard in host memory to the slot: cast, copy and moments, box by box."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from stagingd.boxes import Box
+from stagingd.boxes import Box, relative
 from stagingd.catalog import OwnedBox
 from stagingd.segment import Segment
+from stagingd_client import chunks
+from stagingd_client.chunks import Piece
+from stagingd_client.holdings import Put
+from stagingd_client.layout import Layout
 from stagingd_client.moments import CellMoments, shard_moments
 
 PIECE_BYTES = 8 * 2**20
@@ -21,13 +25,32 @@ class Flusher:
     """Writes owned boxes into the slots of a stage.
 
     The caller sees to it that the slot is this rank's to write: between begin and commit.
+
+    Args:
+        segment: the stage's memory.
+        owned: by tensor, the boxes that this rank owns.
     """
 
-    def __init__(self, segment: Segment) -> None:
-        self._segment = segment
+    def __init__(self, segment: Segment, owned: Mapping[str, Sequence[OwnedBox]]) -> None:
         self._catalog = segment.catalog
+        self._owned = owned
         self._stored = [segment.moments(slot) for slot in (0, 1)]
         self._memory = [torch.frombuffer(segment.slot(slot), dtype=torch.uint8) for slot in (0, 1)]
+
+    def flush(self, slot: int, puts: Sequence[Put]) -> None:
+        """Stage all owned boxes of shards; returns when they have been read."""
+        layouts: dict[str, list[tuple[int, Layout]]] = {}
+        for number, put in enumerate(puts):
+            for layout in put.holding.layouts:
+                layouts.setdefault(layout.name, []).append((number, layout))
+        boxes = [box for name in layouts for box in self._owned.get(name, ())]
+        for piece in chunks.pieces(boxes, layouts, self._catalog):
+            self.write_piece(slot, piece, puts[piece.source].shard)
+
+    def write_piece(self, slot: int, piece: Piece, shard: torch.Tensor) -> None:
+        """Stage an owned box out of a shard."""
+        part = relative(piece.owned.box, piece.layout.box)
+        self.write(slot, piece.owned, piece.layout.view(shard)[part.slices])
 
     def write(self, slot: int, owned: OwnedBox, values: torch.Tensor) -> None:
         """Stage the elements of a box and their moments.
@@ -38,7 +61,7 @@ class Flusher:
             values: its elements, of the box's shape and of any dtype that converts to the staged one.
         """
         target = self._tensor(slot, owned)[owned.box.slices]
-        for index in _pieces(owned.box, target.element_size()):
+        for index in _parts(owned.box, target.element_size()):
             target[index].copy_(values[index])
         if self._catalog.tensors[owned.tensor].has_moments:
             # On the values as staged: what was lost in the cast must not count.
@@ -63,8 +86,8 @@ class Flusher:
         stored.nonfinite[at] = cells.nonfinite.cpu().numpy()
 
 
-def _pieces(box: Box, item_bytes: int) -> Iterator[tuple[slice, ...]]:
-    """Indices that cut a box along its first dim into pieces of bounded size."""
+def _parts(box: Box, item_bytes: int) -> Iterator[tuple[slice, ...]]:
+    """Indices that cut a box along its first dim into parts of bounded size."""
     if not box.lengths:
         yield ()
         return

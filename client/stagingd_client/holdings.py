@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from stagingd.boxes import Box
 from stagingd.catalog import Catalog, TensorDeclaration
 from stagingd.errors import CommitIncomplete, UnknownTensor, WrongDtype, WrongShape
+from stagingd_client.layout import Layout
+from stagingd_client.naming import Names
 from stagingd_client.placement import Held, LocalShard, held
 
 Shards = torch.Tensor | LocalShard | Sequence[LocalShard]
@@ -19,115 +23,186 @@ Shards = torch.Tensor | LocalShard | Sequence[LocalShard]
 
 @dataclass(frozen=True)
 class Holding:
-    """What this rank declared of a tensor: the trainer's dtype, the global shape, and the boxes that it holds."""
+    """One shard of this rank, as the trainer has it.
 
-    source_dtype: torch.dtype
+    Attributes:
+        number: of the shard, counted over the rank's.
+        name: the trainer's name for the tensor.
+        dtype: the trainer's.
+        shape: the tensor's global shape, in the trainer's order.
+        box: the part that the shard is.
+        strides: of the shard, in elements.
+        layouts: the parts of the stage's tensors that it holds.
+    """
+
+    number: int
+    name: str
+    dtype: torch.dtype
     shape: tuple[int, ...]
-    boxes: tuple[Box, ...]
+    box: Box
+    strides: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+
+
+@dataclass(frozen=True)
+class Put:
+    """A shard on its way to the slot: what it is, and its elements, which must stay as they are until the fence."""
+
+    holding: Holding
+    shard: torch.Tensor
 
 
 class Holdings:
-    """All tensors of one rank.
+    """All shards of one rank.
 
     Args:
         rank: the trainer rank, for messages.
-        tensors: the shards by name: a DTensor, a plain tensor that is whole, or one or more LocalShards.
+        names: how the trainer's tensors are named and ordered.
+        tensors: the shards by the trainer's name: a DTensor, a plain tensor that is whole, or LocalShards.
 
     Raises:
         WrongShape, BoxOutside: the place of a shard is not known, or not inside its tensor.
+        UnknownTensor: there is no name for it.
     """
 
-    def __init__(self, rank: int, tensors: Mapping[str, Shards]) -> None:
+    def __init__(self, rank: int, names: Names, tensors: Mapping[str, Shards]) -> None:
         self._rank = rank
-        self._holdings = {name: _holding(name, shards) for name, shards in tensors.items()}
+        self._names = names
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._shards: dict[tuple[str, Box], Holding] = {}
+        self._devices: set[torch.device] = set()
+        self._recent: dict[str, tuple[weakref.ref[torch.Tensor], Holding]] = {}
+        for name, shards in tensors.items():
+            if not names.skips(name):
+                self._declare(name, shards)
+
+    def _declare(self, name: str, shards: Shards) -> None:
+        for shard in shards if isinstance(shards, Sequence) else (shards,):
+            self._dtypes[name] = _plain(shard).dtype
+            part = held(name, shard)
+            if part is not None:
+                self._devices.add(part.values.device)
+                self._shards[name, part.box] = self._holding(len(self._shards), name, part)
+
+    def _holding(self, number: int, name: str, part: Held) -> Holding:
+        values = part.values
+        layouts = tuple(Layout.of(named, values) for named in self._names.shards(name, part))
+        return Holding(number, name, values.dtype, part.global_shape, part.box, values.stride(), layouts)
+
+    @property
+    def devices(self) -> frozenset[torch.device]:
+        """Where the shards are."""
+        return frozenset(self._devices)
 
     def declarations(self, dtype: torch.dtype | None, keep_dtype: frozenset[str]) -> tuple[TensorDeclaration, ...]:
         """What to tell the daemon.
 
         Args:
             dtype: floating-point tensors are staged in it; None keeps their own.
-            keep_dtype: names of tensors that keep their own in any case.
+            keep_dtype: the trainer's names of tensors that keep their own in any case.
         """
-        found = []
-        for name, holding in self._holdings.items():
-            staged = holding.source_dtype
-            if dtype is not None and staged.is_floating_point and name not in keep_dtype:
+        found: dict[str, TensorDeclaration] = {}
+        for holding in self._shards.values():
+            staged = holding.dtype
+            if dtype is not None and staged.is_floating_point and holding.name not in keep_dtype:
                 staged = dtype
             plain = str(staged).removeprefix("torch.")
-            found.append(TensorDeclaration(name=name, dtype=plain, shape=holding.shape, boxes=holding.boxes))
-        return tuple(found)
+            for layout in holding.layouts:
+                before = found.get(layout.name)
+                boxes = (layout.box,) if before is None else (*before.boxes, layout.box)
+                found[layout.name] = TensorDeclaration(name=layout.name, dtype=plain, shape=layout.shape, boxes=boxes)
+        return tuple(found.values())
 
-    def checked(self, catalog: Catalog, name: str, shard: torch.Tensor | LocalShard) -> Held | None:
-        """The box and elements of a shard, if it is one that was declared; None where this rank holds nothing.
+    def place(self, catalog: Catalog, name: str, shard: torch.Tensor | LocalShard) -> Put | None:
+        """A shard that was declared, with its place; None where this rank holds nothing of it.
 
         Raises:
-            UnknownTensor, WrongDtype, WrongShape, BoxOutside: it is not.
+            UnknownTensor, WrongDtype, WrongShape, BoxOutside: it is not what was declared.
         """
-        catalog.tensor(name)  # raises UnknownTensor with the nearest names
-        holding = self._holdings.get(name)
-        if holding is None:
+        recent = self._recent.get(name)
+        if recent is not None and recent[0]() is shard:
+            # The same tensor object as last time: a DTensor's placements never change, its memory may.
+            local = _local(shard)
+            holding = recent[1]
+            seen = local.dtype, local.stride(), tuple(local.shape)
+            if seen == (holding.dtype, holding.strides, holding.box.lengths):
+                return Put(holding, local)
+        return self._place_anew(catalog, name, shard)
+
+    def _place_anew(self, catalog: Catalog, name: str, shard: torch.Tensor | LocalShard) -> Put | None:
+        if self._names.skips(name):
+            return None
+        self._check_declared(catalog, name, _plain(shard).dtype)
+        part = held(name, shard)
+        if part is None:
+            return None
+        holding = self._shards.get((name, part.box))
+        if holding is None or part.global_shape != holding.shape:
+            raise self._not_declared(name, part)
+        if part.values.stride() != holding.strides:
+            changed = self._holding(holding.number, name, part)
+            holding = self._shards[name, part.box] = replace(changed, number=holding.number)
+        if isinstance(shard, torch.Tensor):
+            self._recent[name] = weakref.ref(shard), holding
+        return Put(holding, part.values)
+
+    def _check_declared(self, catalog: Catalog, name: str, dtype: torch.dtype) -> None:
+        declared = self._dtypes.get(name)
+        if declared is None:
+            catalog.tensor(name)  # raises UnknownTensor with the nearest names
             raise UnknownTensor(
                 f"rank {self._rank} puts tensor {name!r}, which only other ranks declared",
                 remedy="declare it on this rank too",
                 tensor=name,
                 rank=self._rank,
             )
-        dtype = _plain(shard).dtype
-        if dtype != holding.source_dtype:
+        if dtype != declared:
             raise WrongDtype(
-                f"tensor {name!r} is put as {dtype}, but was declared as {holding.source_dtype}",
+                f"tensor {name!r} is put as {dtype}, but was declared as {declared}",
                 remedy="put the tensor that was declared",
                 tensor=name,
                 rank=self._rank,
             )
-        part = held(name, shard)
-        if part is not None:
-            self._check_box(name, holding, part)
-        return part
 
-    def _check_box(self, name: str, holding: Holding, part: Held) -> None:
-        if part.global_shape != holding.shape or part.box not in holding.boxes:
-            boxes = ", ".join(map(str, holding.boxes)) or "none"
-            raise WrongShape(
-                f"tensor {name!r} is put as box {part.box} of {part.global_shape}, "
-                f"but rank {self._rank} declared {boxes} of {holding.shape}",
-                remedy="put the shards that were declared; check global_shape and offset",
-                tensor=name,
-                box=part.box,
-                rank=self._rank,
-            )
+    def _not_declared(self, name: str, part: Held) -> WrongShape:
+        mine = [holding for holding in self._shards.values() if holding.name == name]
+        shape = mine[0].shape if mine else "a tensor"
+        boxes = ", ".join(str(holding.box) for holding in mine) or "none"
+        return WrongShape(
+            f"tensor {name!r} is put as box {part.box} of {part.global_shape}, "
+            f"but rank {self._rank} declared {boxes} of {shape}",
+            remedy="put the shards that were declared; check global_shape and offset",
+            tensor=name,
+            box=part.box,
+            rank=self._rank,
+        )
 
-    def check_complete(self, version: int, put: set[tuple[str, Box]]) -> None:
-        """Refuse a commit before every declared box has been put. Raises CommitIncomplete."""
-        for name, box in self._boxes():
-            if (name, box) not in put:
-                raise CommitIncomplete(
-                    f"rank {self._rank} commits version {version} without box {box} of tensor {name!r}",
-                    remedy="put every tensor that the rank declared, or abort",
-                    tensor=name,
-                    box=box,
-                    version=version,
-                    rank=self._rank,
-                )
+    def check_complete(self, version: int, put: set[int]) -> None:
+        """Refuse a commit before every declared shard has been put. Raises CommitIncomplete.
 
-    def _boxes(self) -> Iterator[tuple[str, Box]]:
-        for name, holding in self._holdings.items():
-            for box in holding.boxes:
-                yield name, box
-
-
-def _holding(name: str, shards: Shards) -> Holding:
-    several = list(shards) if isinstance(shards, Sequence) else [shards]
-    parts = [part for part in (held(name, shard) for shard in several) if part is not None]
-    shape = parts[0].global_shape if parts else _global_shape(several[0])
-    return Holding(_plain(several[0]).dtype, shape, tuple(part.box for part in parts))
+        Args:
+            version: the version that is committed.
+            put: numbers of the shards that were put.
+        """
+        if len(put) == len(self._shards):
+            return
+        missing = next(holding for holding in self._shards.values() if holding.number not in put)
+        raise CommitIncomplete(
+            f"rank {self._rank} commits version {version} without box {missing.box} of tensor {missing.name!r}",
+            remedy="put every tensor that the rank declared, or abort",
+            tensor=missing.name,
+            box=missing.box,
+            version=version,
+            rank=self._rank,
+        )
 
 
 def _plain(shard: torch.Tensor | LocalShard) -> torch.Tensor:
     return shard.tensor if isinstance(shard, LocalShard) else shard
 
 
-def _global_shape(shard: torch.Tensor | LocalShard) -> tuple[int, ...]:
-    if isinstance(shard, LocalShard) and shard.global_shape is not None:
-        return tuple(shard.global_shape)
-    return tuple(_plain(shard).shape)
+def _local(shard: torch.Tensor | LocalShard) -> torch.Tensor:
+    """The elements that this rank has, without what autograd would add to ``to_local``."""
+    if isinstance(shard, DTensor):
+        return shard._local_tensor
+    return _plain(shard).detach()

@@ -8,9 +8,40 @@ import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from stagingd.boxes import Box
 from stagingd.errors import DeadlineExceeded
+from stagingd_client.flushers import Read
+from stagingd_client.holdings import Put
+from stagingd_client.queues import Mark, Queue
+
+Outcome = TypeVar("Outcome")
+
+
+@dataclass
+class Batch:
+    """Shards that are flushed together. They are kept until they have been read.
+
+    Attributes:
+        puts: the shards.
+        queues: where the trainer's computations went when they were put.
+        bytes: of the shards, in all.
+    """
+
+    puts: list[Put] = field(default_factory=list)
+    queues: list[Queue] = field(default_factory=list)
+    bytes: int = 0
+
+    def add(self, put: Put, queue: Queue | None) -> None:
+        """Add a shard."""
+        self.puts.append(put)
+        self.bytes += put.shard.nbytes
+        if queue is not None and queue not in self.queues:
+            self.queues.append(queue)
+
+    def marks(self) -> list[Mark]:
+        """When the shards have the values that they were put with."""
+        return [queue.mark() for queue in self.queues]
 
 
 @dataclass(eq=False)
@@ -26,9 +57,11 @@ class Publication:
     version: int
     deadline_s: float
     _slot: Future[int]
-    _copies: list[Future[None]] = field(default_factory=list)
+    _flushed: list[Future[list[Read]]] = field(default_factory=list)
     _sealed: Future[None] | None = None
-    _put: set[tuple[str, Box]] = field(default_factory=set)
+    _put: set[int] = field(default_factory=set)
+    _batch: Batch = field(default_factory=Batch)
+    _kept: list[Batch] = field(default_factory=list)
     _seen: bool = False
 
     @property
@@ -45,21 +78,26 @@ class Publication:
         if self._sealed is not None:
             self._result(self._sealed, "sealed", self.deadline_s)
 
-    def wait_copied(self) -> None:
-        """Wait until this rank's shards are in the slot, so that the trainer may change them. Raises as ``wait``."""
+    def fence(self) -> None:
+        """Have the trainer change this rank's shards only after they have been read. Raises as ``wait``.
+
+        Computations that the trainer queues on a device from now on wait for the device; the host waits where
+        shards are in its own memory, or where the slot is not free yet.
+        """
         until = time.monotonic() + self.deadline_s
-        for copy in self._copies:
-            self._result(copy, "copied", max(0.0, until - time.monotonic()))
+        for flushed in self._flushed:
+            for read in self._result(flushed, "flushed", max(0.0, until - time.monotonic())):
+                read.device.current().after(read.mark)
 
     def raise_if_failed(self) -> None:
         """Raise what went wrong in the background, unless the trainer has seen it already."""
         if self.done and not self._seen:
             self.wait()
 
-    def _result(self, future: Future[None], what: str, left_s: float) -> None:
+    def _result(self, future: Future[Outcome], what: str, left_s: float) -> Outcome:
         seen, self._seen = self._seen, True
         try:
-            future.result(left_s)
+            outcome = future.result(left_s)
         except FutureTimeout as error:
             raise DeadlineExceeded(
                 f"version {self.version} was not {what} within {self.deadline_s} s",
@@ -67,3 +105,4 @@ class Publication:
                 version=self.version,
             ) from error
         self._seen = seen
+        return outcome

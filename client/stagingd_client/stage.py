@@ -10,8 +10,8 @@
             stage.publish(step, model)                 # returns at once
 
 ``begin``, ``put`` and ``commit`` only queue work for one background thread: it asks the daemon for a
-slot, copies, and commits. So the trainer goes on at once, and the only thing it ever waits for is
-``fence``: the copies must have read the parameters before the optimizer changes them.
+slot, flushes, and commits. So the trainer goes on at once. What has to wait is the optimizer, until the
+parameters have been read: ``fence`` has the device wait, not the host; shards in host memory it waits for.
 
 What fails in the background is raised by the first of ``fence``, the publication's ``wait``, and the
 next ``begin``. The version is lost then, and nothing else: go on with the next one.
@@ -20,7 +20,7 @@ next ``begin``. The version is lost then, and nothing else: go on with the next 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,7 +30,6 @@ import torch.distributed as dist
 from torch import nn
 
 from stagingd import segment, wire
-from stagingd.boxes import intersect, relative
 from stagingd.buffer import Policy
 from stagingd.catalog import Catalog, OwnedBox
 from stagingd.connection import ANSWER_S, Connection, Expected
@@ -41,10 +40,17 @@ from stagingd.errors import (
     VersionNotRising,
 )
 from stagingd.moments import ALL_GRIDS, Grid
-from stagingd_client.flush import Flusher
+from stagingd_client import flushers
+from stagingd_client.flushers import Flushers
 from stagingd_client.holdings import Holdings, Shards
-from stagingd_client.placement import Held, LocalShard, named_tensors
-from stagingd_client.publication import Publication
+from stagingd_client.modules import Modules
+from stagingd_client.naming import Names, SameNames
+from stagingd_client.placement import LocalShard
+from stagingd_client.publication import Batch, Publication
+from stagingd_client.queues import Mark
+
+BATCH_BYTES = 2**30
+"""Shards that are put one by one are flushed together, so many bytes at once."""
 
 
 class Stage:
@@ -59,6 +65,8 @@ class Stage:
         dtype: torch.dtype | None,
         options: wire.StageOptions,
         timeout_s: float,
+        names: Names,
+        open_device: Callable[[torch.device, segment.Segment], flushers.Opened] = flushers.open_device,
     ) -> None:
         self.name = name
         self.rank = rank
@@ -67,11 +75,14 @@ class Stage:
         self._options = options
         self._connection = connection
         self._dtype = dtype
+        self._names = names
+        self._open_device = open_device
+        self._modules: Modules | None = None
         self._holdings: Holdings | None = None
         self._owned: dict[str, list[OwnedBox]] = {}
         self._boxes_owned = 0
         self._segment: segment.Segment | None = None
-        self._flusher: Flusher | None = None
+        self._flushers: Flushers | None = None
         self._newest: int | None = None
         self._current: Publication | None = None
         self._last: Publication | None = None
@@ -91,6 +102,7 @@ class Stage:
         grids: Iterable[Grid | str] = ALL_GRIDS,
         on_non_finite: wire.OnNonFinite | str = wire.OnNonFinite.REJECT,
         timeout_s: float = 60.0,
+        names: Names | None = None,
     ) -> Stage:
         """Connect to the daemon of this node.
 
@@ -103,6 +115,7 @@ class Stage:
             grids: what moments are kept for.
             on_non_finite: ``reject`` a version with NaN or infinite values, or ``warn``.
             timeout_s: the longest that anything waits, in seconds.
+            names: how the trainer's tensors are named and ordered; as the stage's by default.
 
         Raises:
             DaemonUnreachable, SocketNotTrusted: there is no daemon to talk to.
@@ -116,59 +129,65 @@ class Stage:
             on_non_finite=wire.OnNonFinite(on_non_finite),
         )
         connection = Connection(socket, name=f"trainer rank {rank}")
-        return cls(name, connection, rank, ranks, dtype, options, timeout_s)
+        return cls(name, connection, rank, ranks, dtype, options, timeout_s, names or SameNames())
 
     # Declaring
 
     @property
     def catalog(self) -> Catalog:
         """The stage's catalog. Raises OutOfOrder before ``declare``."""
-        return self._ready().segment.catalog
+        if self._segment is None:
+            raise self._not_ready()
+        return self._segment.catalog
 
     @property
     def newest_sealed(self) -> int | None:
         """The newest version that this rank knows to be sealed: versions go on from there."""
         return self._newest
 
-    def declare(self, tensors: nn.Module | Mapping[str, Shards], *, keep_dtype: Iterable[str] = ()) -> Catalog:
+    def declare(
+        self, tensors: nn.Module | Iterable[nn.Module] | Mapping[str, Shards], *, keep_dtype: Iterable[str] = ()
+    ) -> Catalog:
         """Say what this rank holds; returns once all ranks have.
 
         Args:
-            tensors: a module, or tensors by name: DTensors, plain tensors that are whole, or LocalShards,
-                several where a rank holds several boxes of one tensor.
+            tensors: a module, the parts of a model, or tensors by name: DTensors, plain tensors that are whole, or
+                LocalShards, several where a rank holds several boxes of one tensor.
             keep_dtype: names of tensors that are staged in their own dtype whatever the stage's is.
 
         Raises:
             WrongDtype, WrongShape, BoxOutside, BoxDoubled, BoxMissing, CatalogMismatch: what does not fit.
+            UnknownTensor: there is no name for a tensor.
             NotEnoughMemory: there is no room for two versions.
             DeadlineExceeded: some ranks have not declared in time; the message names them.
         """
         if self._segment is not None:
             raise OutOfOrder(f"stage {self.name!r} is declared already", remedy="declare once, then begin versions")
-        if isinstance(tensors, nn.Module):
-            named = list(named_tensors(tensors))
-            keep_dtype = {entry.name for entry in named if not entry.cast}
-            tensors = {entry.name: entry.tensor for entry in named}
-        self._holdings = Holdings(self.rank, tensors)
+        if not isinstance(tensors, Mapping):
+            self._modules = Modules(tensors)
+            keep_dtype = {*keep_dtype, *self._modules.buffers}
+            tensors = dict(self._modules.tensors())
+        holdings = self._holdings = Holdings(self.rank, self._names, tensors)
         request = wire.Declare(
             stage=self.name,
             rank=self.rank,
             ranks=self.ranks,
             options=self._options,
-            tensors=self._holdings.declarations(self._dtype, frozenset(keep_dtype)),
+            tensors=holdings.declarations(self._dtype, frozenset(keep_dtype)),
             timeout_s=self.timeout_s,
         )
         answer = self._connection.request(request, wire.Declared, timeout_s=self.timeout_s)
-        self._adopt(answer)
+        self._adopt(answer, holdings.devices)
         return self.catalog
 
-    def _adopt(self, answer: wire.Declared) -> None:
+    def _adopt(self, answer: wire.Declared, devices: Iterable[torch.device]) -> None:
         self._segment = segment.open_existing(answer.segment, writable=True)
-        self._flusher = Flusher(self._segment)
         self._newest = answer.newest
         for owned in self.catalog.owned_by(self.rank):
             self._owned.setdefault(self.catalog.tensors[owned.tensor].name, []).append(owned)
             self._boxes_owned += 1
+        self._flushers = Flushers(self._segment, self._owned, self._open_device)
+        self._flushers.open(devices)
 
     # One version
 
@@ -236,26 +255,33 @@ class Stage:
         publication = self._begun(f"put of tensor {name!r}")
         if isinstance(shard, torch.Tensor) and (global_shape is not None or offset is not None):
             shard = LocalShard(shard, global_shape, offset)
-        part = self._ready().holdings.checked(self.catalog, name, shard)
-        if part is None:
+        ready = self._ready()
+        put = ready.holdings.place(self.catalog, name, shard)
+        if put is None:
             return
-        if (name, part.box) in publication._put:
+        if put.holding.number in publication._put:
             raise OutOfOrder(
-                f"box {part.box} of tensor {name!r} is put twice for version {publication.version}",
+                f"box {put.holding.box} of tensor {name!r} is put twice for version {publication.version}",
                 remedy="put every shard once per version",
                 tensor=name,
-                box=part.box,
+                box=put.holding.box,
                 version=publication.version,
             )
-        publication._put.add((name, part.box))
-        publication._copies.append(self._background.submit(self._copy, publication, name, part))
+        publication._put.add(put.holding.number)
+        publication._batch.add(put, ready.flushers.current(put.shard.device))
+        if publication._batch.bytes >= BATCH_BYTES:
+            self._flush(publication)
 
-    def _copy(self, publication: Publication, name: str, part: Held) -> None:
+    def _flush(self, publication: Publication) -> None:
+        """Queue what has been put so far for the background thread."""
+        batch, publication._batch = publication._batch, Batch()
+        if batch.puts:
+            publication._kept.append(batch)
+            publication._flushed.append(self._background.submit(self._flush_batch, publication, batch, batch.marks()))
+
+    def _flush_batch(self, publication: Publication, batch: Batch, marks: list[Mark]) -> list[flushers.Read]:
         slot = publication._slot.result(0)  # queued before: done; raises what the begin raised
-        flusher = self._ready().flusher
-        for owned in self._owned.get(name, ()):
-            if intersect(owned.box, part.box) == owned.box:
-                flusher.write(slot, owned, part.values[relative(owned.box, part.box).slices])
+        return self._ready().flushers.flush(slot, batch.puts, marks)
 
     def commit(self) -> Publication:
         """This rank has put everything. Returns at once; the version is sealed when all ranks have committed.
@@ -266,16 +292,22 @@ class Stage:
         """
         publication = self._begun("commit")
         self._ready().holdings.check_complete(publication.version, publication._put)
+        self._flush(publication)
         publication._sealed = self._background.submit(self._commit, publication)
         self._current, self._last = None, publication
         return publication
 
     def _commit(self, publication: Publication) -> None:
         publication._slot.result(0)
-        failed = next((copy.exception(0) for copy in publication._copies if copy.exception(0)), None)
-        if failed is not None:
-            self._send_abort(publication.version, f"rank {self.rank} could not copy: {failed}")
-            raise failed
+        try:
+            for flushed in publication._flushed:
+                flushed.result(0)
+            self._ready().flushers.finish(self.timeout_s)
+        except Exception as failed:
+            # Whatever it was: the other ranks must not wait for this one.
+            self._give_up(publication, f"rank {self.rank} could not copy: {failed}")
+            raise
+        publication._kept.clear()
         request = wire.Commit(
             stage=self.name,
             rank=self.rank,
@@ -290,8 +322,13 @@ class Stage:
         """Give up the version that is being filled, on all ranks. Does nothing when there is none."""
         if self._current is None:
             return
-        version, self._current = self._current.version, None
-        self._background.submit(self._send_abort, version, reason).result(3 * (self.timeout_s + ANSWER_S))
+        publication, self._current = self._current, None
+        self._background.submit(self._give_up, publication, reason).result(3 * (self.timeout_s + ANSWER_S))
+
+    def _give_up(self, publication: Publication, reason: str) -> None:
+        self._send_abort(publication.version, reason)
+        self._ready().flushers.abandon(self.timeout_s)
+        publication._kept.clear()
 
     def _send_abort(self, version: int, reason: str) -> None:
         request = wire.Abort(stage=self.name, rank=self.rank, version=version, reason=reason[:2000])
@@ -300,29 +337,36 @@ class Stage:
         self._in_doubt = None
 
     def fence(self) -> None:
-        """Wait until the shards put so far have been read: afterwards they may be changed.
+        """Afterwards the shards put so far may be changed: what a device computes from now on waits for its copies.
+
+        The host waits for shards in its own memory, and where the slot to write is not free yet; not for a device.
 
         Raises:
             StagingError: why the version that they belong to has failed.
         """
+        if self._current is not None:
+            self._flush(self._current)
         for publication in (self._last, self._current):
             if publication is not None:
                 publication.raise_if_failed()
                 if not publication.done:
-                    publication.wait_copied()
+                    publication.fence()
 
     def fence_before(self, optimizer: torch.optim.Optimizer) -> None:
         """Call ``fence`` before every step of an optimizer, by its step pre-hook."""
         optimizer.register_step_pre_hook(lambda *_: self.fence())
 
-    def publish(self, version: int, module: nn.Module) -> Publication:
-        """Declare (the first time), begin, put every tensor of the module, commit: in one line."""
+    def publish(self, version: int, modules: nn.Module | Iterable[nn.Module]) -> Publication:
+        """Declare (the first time), begin, put every tensor of a model or of its parts, commit: in one line."""
         if self._segment is None:
-            self.declare(module)
+            self.declare(modules)
+        found = self._modules
+        if found is None or not found.are(modules):
+            found = self._modules = Modules(modules)
         self.begin(version)
         try:
-            for entry in named_tensors(module):
-                self.put(entry.name, entry.tensor)
+            for name, tensor in found.tensors():
+                self.put(name, tensor)
             return self.commit()
         except StagingError:
             self.abort("a shard was refused")
@@ -343,7 +387,9 @@ class Stage:
     def _leave(self) -> None:
         self._background.shutdown(wait=True)
         self._connection.close()
-        self._flusher = None
+        if self._flushers is not None:
+            self._flushers.close()
+            self._flushers = None
         if self._segment is not None:
             self._segment.close()
 
@@ -363,17 +409,19 @@ class Stage:
         return self._current
 
     def _ready(self) -> _Ready:
-        if self._segment is None or self._flusher is None or self._holdings is None:
-            raise OutOfOrder(
-                f"stage {self.name!r} is not declared, or closed", remedy="call declare first", stage=self.name
-            )
-        return _Ready(self._segment, self._flusher, self._holdings)
+        if self._flushers is None or self._holdings is None:
+            raise self._not_ready()
+        return _Ready(self._flushers, self._holdings)
+
+    def _not_ready(self) -> OutOfOrder:
+        return OutOfOrder(
+            f"stage {self.name!r} is not declared, or closed", remedy="call declare first", stage=self.name
+        )
 
 
 @dataclass(frozen=True)
 class _Ready:
     """What exists once the stage is declared."""
 
-    segment: segment.Segment
-    flusher: Flusher
+    flushers: Flushers
     holdings: Holdings

@@ -1,0 +1,392 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""How a rank's boxes are flushed from a GPU: which matrices are cast together, and which copies follow.
+
+Chunks go through scratch memory of bounded size, one after the other: the kernel packs matrices into it, then
+few large copies take them to the slot. All of that is arithmetic, done once per stage; a version only fills in
+the shards' addresses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from stagingd.boxes import Box, Shape, intersect, relative
+from stagingd.catalog import ALIGNMENT, Catalog, OwnedBox
+from stagingd.dtypes import ITEM_BYTES
+from stagingd.moments import BLOCK, FIELD_BYTES, FIELDS, Grid, field_stride
+from stagingd_client.layout import Layout, Rows, rows_and_columns
+
+HOLE: Final = 1
+"""Cells that a copy may pass over: a tensor's own cell, which is written last."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box that this rank owns, and where in one of its shards the elements are.
+
+    Attributes:
+        owned: the box, as the catalog has it.
+        source: number of the shard.
+        layout: of a part of the shard whose box holds the owned one.
+    """
+
+    owned: OwnedBox
+    source: int
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows that the kernel casts in one job; sizes, strides and offsets in elements if not said otherwise.
+
+    Attributes:
+        piece: number of the piece that it is part of.
+        source: number of the shard.
+        offset: from the shard's first element to the matrix's.
+        first_row: number of the first row in ``order``.
+        rows, columns: its size.
+        order: how rows lie.
+        column_stride: from one column to the next.
+        item: bytes of a staged element.
+        target: where in the slot it begins, in bytes.
+        pitch: from one row to the next in the slot, in bytes.
+        rows_left, columns_left: how much of the first block lies before it.
+        row_cell, block_cell: its first cells, counted over the slot; None where that grid is not kept.
+    """
+
+    piece: int
+    source: int
+    offset: int
+    first_row: int
+    rows: int
+    columns: int
+    order: Rows
+    column_stride: int
+    item: int
+    target: int
+    pitch: int
+    rows_left: int
+    columns_left: int
+    row_cell: int | None
+    block_cell: int | None
+
+    @property
+    def strips(self) -> int:
+        """Rows of blocks that it touches."""
+        return -(-(self.rows_left + self.rows) // BLOCK)
+
+    @property
+    def blocks(self) -> int:
+        """Columns of blocks that it touches."""
+        return -(-(self.columns_left + self.columns) // BLOCK)
+
+    @property
+    def strip_bytes(self) -> int:
+        """Scratch memory that its largest strip needs."""
+        return min(BLOCK, self.rows) * self.columns * self.item
+
+    def rows_from(self, first: int, count: int) -> Matrix:
+        """Some of its rows; ``first`` is 0 or at the beginning of a block."""
+        return replace(
+            self,
+            first_row=self.first_row + first,
+            rows=count,
+            target=self.target + first * self.pitch,
+            rows_left=self.rows_left if first == 0 else 0,
+            row_cell=None if self.row_cell is None else self.row_cell + first,
+            block_cell=None
+            if self.block_cell is None
+            else self.block_cell + (self.rows_left + first) // BLOCK * self.blocks,
+        )
+
+
+def matrices(number: int, piece: Piece, catalog: Catalog) -> list[Matrix] | None:
+    """The matrices of a piece, or None where its elements lie in a way that the kernel does not read."""
+    found = rows_and_columns(piece.layout)
+    if found is None:
+        return None
+    before, order, column_stride = found
+    tensor = catalog.tensors[piece.owned.tensor]
+    item = ITEM_BYTES[tensor.dtype]
+    box = _at_least_two_dims(piece.owned.box)
+    shape = _padded(tensor.shape)
+    inside = relative(box, _at_least_two_dims(piece.layout.box))
+    cells = _first_cells(piece.owned, catalog)
+    rows, columns = box.lengths[-2:]
+    strips, blocks = (-(-(o % BLOCK + n) // BLOCK) for o, n in zip(box.offsets[-2:], box.lengths[-2:], strict=True))
+    made = []
+    for index, leading in enumerate(itertools.product(*map(range, box.lengths[:-2]))):
+        at = [o + i for o, i in zip(inside.offsets[:-2], leading, strict=True)]
+        slot = [o + i for o, i in zip(box.offsets[:-2], leading, strict=True)]
+        made.append(
+            Matrix(
+                piece=number,
+                source=piece.source,
+                offset=piece.layout.offset
+                + sum(i * s for i, s in zip(at, before, strict=True))
+                + inside.offsets[-1] * column_stride,
+                first_row=inside.offsets[-2],
+                rows=rows,
+                columns=columns,
+                order=order,
+                column_stride=column_stride,
+                item=item,
+                target=tensor.offset + _position((*slot, *box.offsets[-2:]), shape) * item,
+                pitch=shape[-1] * item,
+                rows_left=box.offsets[-2] % BLOCK,
+                columns_left=box.offsets[-1] % BLOCK,
+                row_cell=_plus(cells.get(Grid.ROW), index * rows),
+                block_cell=_plus(cells.get(Grid.BLOCK), index * strips * blocks),
+            )
+        )
+    return made
+
+
+def _plus(cell: int | None, more: int) -> int | None:
+    return None if cell is None else cell + more
+
+
+def _padded(shape: Shape) -> Shape:
+    return (1,) * (2 - len(shape)) + shape
+
+
+def _at_least_two_dims(box: Box) -> Box:
+    missing = 2 - len(box.lengths)
+    return box if missing <= 0 else Box((0,) * missing + box.offsets, (1,) * missing + box.lengths)
+
+
+def _position(index: Sequence[int], shape: Shape) -> int:
+    at = 0
+    for i, n in zip(index, shape, strict=True):
+        at = at * n + i
+    return at
+
+
+def _first_cells(owned: OwnedBox, catalog: Catalog) -> dict[Grid, int]:
+    if not catalog.tensors[owned.tensor].has_moments:
+        return {}
+    return {grid: catalog.first_cell(owned, grid) for grid in catalog.grids}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``height`` runs of ``width`` bytes. Places and pitches in bytes; a pitch is of no meaning where height is 1.
+
+    Attributes:
+        target: where in the slot.
+        source: where in the scratch memory.
+        width, height: its size.
+        target_pitch, source_pitch: from one run to the next.
+    """
+
+    target: int
+    source: int
+    width: int
+    height: int
+    target_pitch: int
+    source_pitch: int
+
+    @property
+    def bytes(self) -> int:
+        """In all."""
+        return self.width * self.height
+
+
+def coalesced(copies: Iterable[Copy]) -> list[Copy]:
+    """The same bytes in fewer copies: runs that follow each other are joined, and equal runs at equal distances too."""
+    joined: list[Copy] = []
+    for copy in copies:
+        before = joined[-1] if joined else None
+        longer = None if before is None else _longer(before, copy) or _higher(before, copy)
+        if longer is None:
+            joined.append(copy)
+        else:
+            joined[-1] = longer
+    # Runs at equal distances show only when each is as long as it gets.
+    higher: list[Copy] = []
+    for copy in joined:
+        taller = _higher(higher[-1], copy) if higher else None
+        if taller is None:
+            higher.append(copy)
+        else:
+            higher[-1] = taller
+    return higher
+
+
+def _longer(before: Copy, copy: Copy) -> Copy | None:
+    """One run for two that follow each other, with the padding between them that both sides have."""
+    if before.height > 1 or copy.height > 1:
+        return None
+    ahead = copy.target - before.target
+    if ahead != copy.source - before.source or not before.width <= ahead < before.width + ALIGNMENT:
+        return None
+    return replace(before, width=ahead + copy.width)
+
+
+def _higher(before: Copy, copy: Copy) -> Copy | None:
+    """More runs of the same width, at the same distance."""
+    if before.width != copy.width:
+        return None
+    target_pitch, source_pitch = copy.target - before.target, copy.source - before.source
+    if before.height > 1:
+        target_pitch, source_pitch = before.target_pitch, before.source_pitch
+        follows = (copy.target, copy.source) == (
+            before.target + before.height * target_pitch,
+            before.source + before.height * source_pitch,
+        )
+    else:
+        follows = target_pitch >= before.width and source_pitch >= before.width
+    same = copy.height == 1 or (copy.target_pitch, copy.source_pitch) == (target_pitch, source_pitch)
+    if not (follows and same):
+        return None
+    return replace(before, height=before.height + copy.height, target_pitch=target_pitch, source_pitch=source_pitch)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What goes through the scratch memory at once.
+
+    Attributes:
+        matrices: in the order of their places in the slot.
+        places: where in the scratch memory each begins, in bytes.
+        copies: from the scratch memory to the slot.
+        cells: how many cells of moments it has room for.
+        first_cells: per matrix, where among those its cells of rows and of blocks begin.
+        cell_copies: from the scratch cells, field by field, to the slot.
+    """
+
+    matrices: tuple[Matrix, ...]
+    places: tuple[int, ...]
+    copies: tuple[Copy, ...]
+    cells: int
+    first_cells: tuple[tuple[int, int], ...]
+    cell_copies: tuple[Copy, ...]
+
+
+def chunks(made: Iterable[Matrix], catalog: Catalog, limit: int) -> Iterator[Chunk]:
+    """Cut matrices into chunks.
+
+    Args:
+        made: the matrices, in the order of their places in the slot.
+        catalog: for where the moments lie.
+        limit: bytes of scratch memory; one strip of each matrix has to fit (``Matrix.strip_bytes``).
+    """
+    taken: list[Matrix] = []
+    places: list[int] = []
+    end = 0
+    for matrix in made:
+        rest: Matrix | None = matrix
+        while rest is not None:
+            place = -(-end // ALIGNMENT) * ALIGNMENT
+            some = _that_fit(rest, (limit - place) // (rest.columns * rest.item))
+            if some:
+                taken.append(rest.rows_from(0, some))
+                places.append(place)
+                end = place + some * rest.columns * rest.item
+                rest = rest.rows_from(some, rest.rows - some) if some < rest.rows else None
+            if rest is not None:
+                yield _chunk(taken, places, catalog)
+                taken, places, end = [], [], 0
+    if taken:
+        yield _chunk(taken, places, catalog)
+
+
+def _that_fit(matrix: Matrix, rows: int) -> int:
+    """So many rows, cut at the end of a block."""
+    if rows >= matrix.rows:
+        return matrix.rows
+    return max(0, (matrix.rows_left + rows) // BLOCK * BLOCK - matrix.rows_left)
+
+
+def _chunk(taken: Sequence[Matrix], places: Sequence[int], catalog: Catalog) -> Chunk:
+    copies = [_copy(matrix, place) for matrix, place in zip(taken, places, strict=True)]
+    spans = _joined(sorted(span for matrix in taken for span in _spans(matrix)))
+    starts = [0, *itertools.accumulate(end - first for first, end in spans)]
+    local = {}
+    for (first, end), start in zip(spans, starts, strict=False):
+        local[first, end] = start
+    return Chunk(
+        matrices=tuple(taken),
+        places=tuple(places),
+        copies=tuple(coalesced(copies)),
+        cells=starts[-1],
+        first_cells=tuple(_first(matrix, local) for matrix in taken),
+        cell_copies=tuple(
+            Copy(
+                target=catalog.moments_offset + first * FIELD_BYTES,
+                source=start * FIELD_BYTES,
+                width=(end - first) * FIELD_BYTES,
+                height=len(FIELDS),
+                target_pitch=field_stride(catalog.cells),
+                source_pitch=field_stride(starts[-1]),
+            )
+            for (first, end), start in local.items()
+        ),
+    )
+
+
+def _copy(matrix: Matrix, place: int) -> Copy:
+    width = matrix.columns * matrix.item
+    if width == matrix.pitch:  # whole rows lie side by side on both sides
+        return Copy(matrix.target, place, width * matrix.rows, 1, 0, 0)
+    return Copy(matrix.target, place, width, matrix.rows, matrix.pitch, width)
+
+
+def _spans(matrix: Matrix) -> Iterator[tuple[int, int]]:
+    if matrix.row_cell is not None:
+        yield matrix.row_cell, matrix.row_cell + matrix.rows
+    if matrix.block_cell is not None:
+        yield matrix.block_cell, matrix.block_cell + matrix.strips * matrix.blocks
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for first, end in spans:
+        if joined and first - joined[-1][1] <= HOLE:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((first, end))
+    return joined
+
+
+def _first(matrix: Matrix, local: Mapping[tuple[int, int], int]) -> tuple[int, int]:
+    """Where among the chunk's cells those of a matrix begin: of rows, and of blocks."""
+
+    def place(cell: int | None) -> int:
+        if cell is None:
+            return 0
+        return next(start + cell - first for (first, end), start in local.items() if first <= cell < end)
+
+    return place(matrix.row_cell), place(matrix.block_cell)
+
+
+def pieces(
+    owned: Sequence[OwnedBox], layouts: Mapping[str, Sequence[tuple[int, Layout]]], catalog: Catalog
+) -> list[Piece]:
+    """Find for every box that a rank owns the shard that it is part of, in the order of their places in the slot.
+
+    Args:
+        owned: the rank's boxes.
+        layouts: by the stage's tensor, the shards that hold parts of it: number and layout.
+        catalog: the stage's.
+    """
+    found = []
+    for box in sorted(owned, key=lambda one: (one.tensor, one.box)):
+        for source, layout in layouts.get(catalog.tensors[box.tensor].name, ()):
+            if intersect(box.box, layout.box) == box.box:
+                found.append(Piece(box, source, layout))
+                break
+    return found
+
+
+def strips_of(chunk: Chunk) -> Iterator[tuple[int, int, int]]:
+    """Per strip: the number of its matrix in the chunk, its number in the matrix, and its elements."""
+    for number, matrix in enumerate(chunk.matrices):
+        for strip in range(matrix.strips):
+            first = max(0, strip * BLOCK - matrix.rows_left)
+            end = min(matrix.rows, (strip + 1) * BLOCK - matrix.rows_left)
+            yield number, strip, (end - first) * matrix.columns

@@ -1,0 +1,160 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""A CUDA device: streams as queues, events as marks, and copies that torch has no call for.
+
+``torch.Tensor.copy_`` moves part of a matrix's columns to the host at a tenth of the link's speed;
+``cudaMemcpy2DAsync`` does it at the full one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from cuda.bindings import runtime
+
+from stagingd.errors import StagingError
+from stagingd.segment import Segment
+from stagingd_client import pinning
+from stagingd_client.chunks import Copy
+from stagingd_client.queues import Mark
+
+MAX_PITCH: Final = 2**31 - 1
+"""Bytes: what cudaMemcpy2DAsync takes between two runs."""
+
+_TO_HOST: Final = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+
+
+class CudaFailed(StagingError):
+    """A call of the CUDA runtime did not succeed."""
+
+    code = "cuda_failed"
+
+
+@dataclass(frozen=True)
+class CudaMark:
+    """An event."""
+
+    event: torch.cuda.Event
+
+    @property
+    def reached(self) -> bool:
+        """Whether it has happened. Never waits."""
+        return bool(self.event.query())
+
+
+class CudaQueue:
+    """A stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._handle = stream.cuda_stream
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CudaQueue) and other._stream == self._stream
+
+    def __hash__(self) -> int:
+        return hash(self._handle)
+
+    def mark(self) -> CudaMark:
+        """Record an event."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return CudaMark(event)
+
+    def after(self, mark: Mark) -> None:
+        """Have the stream wait for an event."""
+        assert isinstance(mark, CudaMark)
+        self._stream.wait_event(mark.event)
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Call something with this stream as the current one."""
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def copy(self, copy: Copy, slot: int, scratch: int) -> None:
+        """Start a copy to the host. Raises CudaFailed."""
+        target, source = slot + copy.target, scratch + copy.source
+        if copy.height == 1:
+            _check(runtime.cudaMemcpyAsync(target, source, copy.width, _TO_HOST, self._handle), copy)
+        elif max(copy.target_pitch, copy.source_pitch) > MAX_PITCH:
+            for run in range(copy.height):
+                to, at = target + run * copy.target_pitch, source + run * copy.source_pitch
+                _check(runtime.cudaMemcpyAsync(to, at, copy.width, _TO_HOST, self._handle), copy)
+        else:
+            pitches = copy.target_pitch, source, copy.source_pitch
+            _check(runtime.cudaMemcpy2DAsync(target, *pitches, copy.width, copy.height, _TO_HOST, self._handle), copy)
+
+
+def _check(answer: tuple[runtime.cudaError_t], copy: Copy) -> None:
+    (status,) = answer
+    if status != runtime.cudaError_t.cudaSuccess:
+        raise CudaFailed(
+            f"CUDA refused to copy {copy.bytes} bytes to the slot: {status.name}",
+            remedy="look for the first CUDA error of this process: later calls fail because of it",
+        )
+
+
+class CudaDevice:
+    """A GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._casting = CudaQueue(self._stream)
+        self._copying = CudaQueue(torch.cuda.Stream(device))
+
+    @property
+    def casting(self) -> CudaQueue:
+        """A stream of its own."""
+        return self._casting
+
+    @property
+    def copying(self) -> CudaQueue:
+        """Another."""
+        return self._copying
+
+    def current(self) -> CudaQueue:
+        """The calling thread's current stream on this GPU."""
+        return CudaQueue(torch.cuda.current_stream(self._device))
+
+    def memory(self, size: int) -> torch.Tensor:
+        """From torch's allocator, so that it shows in torch's figures; of the casting stream, which uses it first."""
+        with torch.cuda.stream(self._stream):
+            return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def host_memory(self, like: torch.Tensor) -> torch.Tensor:
+        """Page-locked."""
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Callable[[], None]]:
+    """Open a GPU and register both slots with it; a warning says so where that is refused, and why.
+
+    Returns:
+        The device, and what takes the registration back.
+    """
+    with torch.cuda.device(device):
+        spans = []
+        for slot in (0, 1):
+            memory = torch.frombuffer(segment.slot(slot), dtype=torch.uint8)
+            spans += pinning.register(pinning.Span(memory.data_ptr(), memory.nbytes), _register, _unregister)
+        opened = CudaDevice(device)
+
+    def release() -> None:
+        with torch.cuda.device(device):
+            for span in spans:
+                _unregister(span.address)
+
+    return opened, release
+
+
+def _register(address: int, size: int) -> str | None:
+    (status,) = runtime.cudaHostRegister(address, size, runtime.cudaHostRegisterPortable)
+    return None if status == runtime.cudaError_t.cudaSuccess else str(status.name)
+
+
+def _unregister(address: int) -> None:
+    runtime.cudaHostUnregister(address)

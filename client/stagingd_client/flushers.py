@@ -1,0 +1,117 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The ways into the slots: one for shards in host memory, one for each device that shards are on."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stagingd.catalog import OwnedBox
+from stagingd.errors import WrongShape
+from stagingd.segment import Segment
+from stagingd_client.flush import Flusher
+from stagingd_client.gpu_flush import DeviceFlusher
+from stagingd_client.holdings import Put
+from stagingd_client.queues import Device, Mark, Queue
+
+Opened = tuple[Device, Callable[[], None]]
+"""A device, and what to call when it is no longer needed."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """When a device has read shards: from then on they may be changed."""
+
+    device: Device
+    mark: Mark
+
+
+class Flushers:
+    """All of one rank.
+
+    Args:
+        segment: the stage's memory.
+        owned: by tensor, the boxes that this rank owns.
+        open_device: opens a device, and prepares the stage's memory for it.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        owned: Mapping[str, Sequence[OwnedBox]],
+        open_device: Callable[[torch.device, Segment], Opened],
+    ) -> None:
+        self._segment = segment
+        self._owned = owned
+        self._open_device = open_device
+        self._host = Flusher(segment, owned)
+        self._devices: dict[torch.device, tuple[Device, DeviceFlusher, Callable[[], None]]] = {}
+
+    def open(self, devices: Iterable[torch.device]) -> None:
+        """Be ready for shards on these devices. Registering the stage's memory takes a second per 30 GiB."""
+        for device in devices:
+            if device.type != "cpu" and device not in self._devices:
+                opened, release = self._open_device(device, self._segment)
+                self._devices[device] = opened, DeviceFlusher(self._segment, self._owned, opened), release
+
+    def current(self, device: torch.device) -> Queue | None:
+        """Where the caller's computations on a device go; None for the host, which computes at once."""
+        if device.type == "cpu":
+            return None
+        self.open((device,))
+        return self._devices[device][0].current()
+
+    def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> list[Read]:
+        """Stage all owned boxes of shards.
+
+        Returns:
+            For each device when it will have read them. Those in host memory have been read by then.
+        """
+        by_device: dict[torch.device, list[Put]] = defaultdict(list)
+        for put in puts:
+            by_device[put.shard.device].append(put)
+        self._host.flush(slot, by_device.pop(torch.device("cpu"), ()))
+        read = []
+        for where, some in by_device.items():
+            device, flusher, _ = self._devices[where]
+            read.append(Read(device, flusher.flush(slot, some, ready)))
+        return read
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait until everything is in the slot, moments included. Raises DeadlineExceeded."""
+        deadline = time.monotonic() + timeout_s
+        for _, flusher, _ in self._devices.values():
+            flusher.finish(deadline)
+
+    def abandon(self, timeout_s: float) -> None:
+        """Wait until nothing is on its way to the slot any more, whatever it was. Raises DeadlineExceeded."""
+        deadline = time.monotonic() + timeout_s
+        for _, flusher, _ in self._devices.values():
+            flusher.abandon(deadline)
+
+    def close(self) -> None:
+        """Let the devices go."""
+        for _, _, release in self._devices.values():
+            release()
+        self._devices.clear()
+
+
+def open_device(device: torch.device, segment: Segment) -> Opened:
+    """Open a CUDA device, and register the stage's memory with it.
+
+    Raises:
+        WrongShape: the device is of a kind that shards cannot be flushed from.
+    """
+    if device.type != "cuda":
+        raise WrongShape(
+            f"shards on {device} cannot be staged",
+            remedy="put tensors in host memory or on a CUDA device",
+        )
+    from stagingd_client import cuda_device  # noqa: PLC0415 - CPU trainers have no CUDA bindings
+
+    return cuda_device.open_device(device, segment)

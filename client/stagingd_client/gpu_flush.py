@@ -1,0 +1,234 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Flushing shards from a device, beside the trainer's own work.
+
+Two queues work through a plan's chunks: one casts and packs a chunk into scratch memory and takes its moments,
+the other copies it to the slot while the next chunk is cast into the other half of the scratch memory.
+
+    trainer   … optimizer ─┬─ forward, backward ───────────────────────────┬─ fence ─ optimizer …
+                      ready│                                           read│
+    casting                └▶ chunk 0 ▶ chunk 1 ▶ (0 is copied) chunk 2 ▶ … ┘
+    copying                     └▶ chunk 0 ──────▶ chunk 1 ──────▶ …            ▶ done: the version is committed
+
+Every arrow between two lines is a mark that the later queue waits for. The host queues all of it and waits for
+nothing, but the thread that commits the version: it looks whether ``done`` is reached.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+
+from stagingd.catalog import Catalog, OwnedBox
+from stagingd.errors import DeadlineExceeded
+from stagingd.moments import Grid, field_stride
+from stagingd.segment import Segment
+from stagingd_client import flush_plan
+from stagingd_client.chunks import Chunk
+from stagingd_client.flush import Flusher
+from stagingd_client.flush_plan import Launch, Plan
+from stagingd_client.gpu_moments import cast_strips
+from stagingd_client.holdings import Put
+from stagingd_client.queues import Device, Mark
+from stagingd_client.strips import STRIP_FIELDS
+
+SCRATCH_BYTES: Final = 64 * 2**20
+"""One half of the scratch memory: copies of this size take the link's full speed."""
+SMALLEST_SCRATCH_BYTES: Final = 4 * 2**20
+PLANS_KEPT: Final = 64
+"""Sets of shards that are put together; nearly always one."""
+LOOK_S: Final = 0.0005
+"""How often the committing thread looks whether the copies are done, in seconds."""
+
+
+@dataclass
+class _Half:
+    """One half of the scratch memory; ``copied`` is when it may be overwritten."""
+
+    memory: torch.Tensor
+    cells: torch.Tensor
+    copied: Mark | None = None
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """A plan's tables on the device, and where its strips' moments go."""
+
+    host_jobs: torch.Tensor
+    jobs: torch.Tensor
+    strips: torch.Tensor
+    partials: torch.Tensor
+    host_partials: torch.Tensor
+
+
+class DeviceFlusher:
+    """Flushes one rank's shards that are on one device. Used by one thread, the one that talks to the daemon.
+
+    Args:
+        segment: the stage's memory.
+        owned: by tensor, the boxes that this rank owns.
+        device: the device.
+    """
+
+    def __init__(self, segment: Segment, owned: Mapping[str, Sequence[OwnedBox]], device: Device) -> None:
+        self._catalog: Catalog = segment.catalog
+        self._stored = [segment.moments(slot) for slot in (0, 1)]
+        self._slots = [torch.frombuffer(segment.slot(slot), dtype=torch.uint8).data_ptr() for slot in (0, 1)]
+        self._one_by_one = Flusher(segment, owned)
+        self._owned = owned
+        self._device = device
+        mine = sum(self._catalog.tensors[box.tensor].bytes for boxes in owned.values() for box in boxes)
+        self._limit = min(SCRATCH_BYTES, max(SMALLEST_SCRATCH_BYTES, mine // 8))
+        self._halves: list[_Half] = []
+        self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
+        self._unfinished: list[tuple[int, Plan, _Tables]] = []
+        self._read: Mark | None = None
+        self._copied: Mark | None = None
+
+    def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> Mark:
+        """Queue the flush of shards.
+
+        Args:
+            slot: 0 or 1.
+            puts: the shards.
+            ready: when they have the values to be staged.
+
+        Returns:
+            When they have been read, so that they may be changed.
+        """
+        for mark in ready:
+            self._device.casting.after(mark)
+        plan, tables = self._planned(puts)
+        for chunk, launches in plan.chunks:
+            self._flush_chunk(slot, chunk, launches, tables)
+        self._fetch_partials(tables)
+        self._unfinished.append((slot, plan, tables))
+        if plan.unread:
+            self._device.casting.run(lambda: self._flush_unread(slot, plan, puts))
+        self._read = self._device.casting.mark()
+        self._copied = self._device.copying.mark()
+        return self._read
+
+    def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
+        casting, copying = self._device.casting, self._device.copying
+        half = self._halves[0]
+        self._halves.reverse()
+        if half.copied is not None:
+            casting.after(half.copied)
+        stride = field_stride(chunk.cells) // half.cells.element_size()
+        cells = half.cells[: STRIP_FIELDS * stride].view(STRIP_FIELDS, stride)
+        for launch in launches:
+            casting.run(lambda launch=launch: self._cast(launch, tables, half.memory, cells))  # type: ignore[misc]
+        copying.after(casting.mark())
+        address = self._slots[slot]
+        for copy in chunk.copies:
+            copying.copy(copy, address, half.memory.data_ptr())
+        for copy in chunk.cell_copies:
+            copying.copy(copy, address, half.cells.data_ptr())
+        half.copied = copying.mark()
+
+    def _cast(self, launch: Launch, tables: _Tables, memory: torch.Tensor, cells: torch.Tensor) -> None:
+        cast_strips(
+            tables.jobs,
+            tables.strips,
+            launch.first_strip,
+            launch.count,
+            memory.view(launch.kind.staged),
+            cells,
+            tables.partials,
+            kind=launch.kind,
+            with_rows=Grid.ROW in self._catalog.grids,
+            with_blocks=Grid.BLOCK in self._catalog.grids,
+        )
+
+    def _fetch_partials(self, tables: _Tables) -> None:
+        self._device.copying.after(self._device.casting.mark())
+        self._device.copying.run(lambda: _start_copy(tables.host_partials, tables.partials))
+
+    def _flush_unread(self, slot: int, plan: Plan, puts: Sequence[Put]) -> None:
+        """Few and small, if there are any: integers, and views that the kernel does not read."""
+        for piece in plan.unread:
+            self._one_by_one.write_piece(slot, piece, puts[piece.source].shard)
+
+    # Plans
+
+    def _planned(self, puts: Sequence[Put]) -> tuple[Plan, _Tables]:
+        """The plan for these shards, its job table filled in and on its way to the device."""
+        shards = np.asarray([put.shard.data_ptr() for put in puts], np.int64)
+        key = tuple((put.holding.number, put.holding.strides, put.shard.dtype) for put in puts)
+        plan, tables = self._plans.get(key, (None, None))
+        if plan is None or tables is None or not plan.fits(plan.addresses(shards)):
+            plan = flush_plan.make(puts, self._owned, self._catalog, self._limit)
+            tables = self._tables(plan)
+        self._plans[key] = plan, tables
+        self._plans.move_to_end(key)
+        if len(self._plans) > PLANS_KEPT:
+            self._plans.popitem(last=False)
+        self._provide_scratch(plan)
+        addresses = torch.from_numpy(plan.addresses(shards))
+        if not torch.equal(tables.host_jobs[:, 0], addresses):
+            self.wait_until_copied(time.monotonic() + 60.0)  # what is being uploaded must not change meanwhile
+            tables.host_jobs[:, 0] = addresses
+            self._device.casting.run(lambda: _start_copy(tables.jobs, tables.host_jobs))
+        return plan, tables
+
+    def _tables(self, plan: Plan) -> _Tables:
+        jobs, strips = torch.from_numpy(plan.jobs), torch.from_numpy(plan.strips)
+        host_jobs = self._device.host_memory(jobs)
+        host_jobs.copy_(jobs)
+        on_device = self._device.memory(jobs.nbytes).view(torch.int64).view(jobs.shape)
+        strips_there = self._device.memory(strips.nbytes).view(torch.int32).view(strips.shape)
+        self._device.casting.run(lambda: _start_copy(strips_there, strips))
+        partials = self._device.memory(4 * STRIP_FIELDS * len(strips)).view(torch.float32).view(STRIP_FIELDS, -1)
+        return _Tables(host_jobs, on_device, strips_there, partials, self._device.host_memory(partials))
+
+    def _provide_scratch(self, plan: Plan) -> None:
+        need = STRIP_FIELDS * field_stride(plan.cells)
+        if self._halves and self._halves[0].cells.nbytes >= need:
+            return
+        memory = [half.memory for half in self._halves] or [self._device.memory(self._limit) for _ in range(2)]
+        marks = [half.copied for half in self._halves] or [None, None]
+        cells = [self._device.memory(need).view(torch.float32) for _ in range(2)]
+        self._halves = [_Half(*one) for one in zip(memory, cells, marks, strict=True)]
+
+    # The end of a version
+
+    def wait_until_copied(self, deadline: float) -> None:
+        """Wait until all that was queued is in the slot.
+
+        Args:
+            deadline: time.monotonic() seconds.
+
+        Raises:
+            DeadlineExceeded: the device has not come so far.
+        """
+        while self._copied is not None and not self._copied.reached:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded(
+                    "the copies from the device to the slot did not end in time",
+                    remedy="see what else keeps the device or its link busy, or allow more time",
+                )
+            time.sleep(LOOK_S)
+
+    def finish(self, deadline: float) -> None:
+        """Wait until everything is copied, and store the moments of whole tensors. Raises DeadlineExceeded."""
+        self.wait_until_copied(deadline)
+        for slot, plan, tables in self._unfinished:
+            if Grid.TENSOR in self._catalog.grids and plan.pieces:
+                plan.store_tensor_cells(tables.host_partials.numpy(), self._stored[slot], self._catalog)
+        self._unfinished.clear()
+
+    def abandon(self, deadline: float) -> None:
+        """Wait until nothing is on its way to the slot any more. Raises DeadlineExceeded."""
+        self.wait_until_copied(deadline)
+        self._unfinished.clear()
+
+
+def _start_copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.copy_(source, non_blocking=True)

@@ -1,0 +1,76 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over shards on a GPU: cast to the staged dtype, pack into scratch memory, take moments of every grid.
+
+``stagingd_client.moments`` is the reference that it is held to: amax and non-finite counts to the bit, mean and
+M2 to fp32's rounding. ``stagingd_client.strips`` says what it is told.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+import triton.language as tl
+
+from stagingd.moments import BLOCK
+from stagingd_client.strip_kernel import strips_kernel
+from stagingd_client.strips import JOB_COLUMNS, Kind
+
+WARPS: Final = 16
+INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
+"""Triton's interpreter, which runs the kernel on a CPU, truncates where GPUs round."""
+
+_POINTED: Final = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def cast_strips(
+    jobs: torch.Tensor,
+    strips: torch.Tensor,
+    first_strip: int,
+    count: int,
+    scratch: torch.Tensor,
+    cells: torch.Tensor,
+    partials: torch.Tensor,
+    *,
+    kind: Kind,
+    with_rows: bool,
+    with_blocks: bool,
+) -> None:
+    """Cast, pack and take moments, on the current stream.
+
+    Args:
+        jobs: the job table, (jobs, JOB_COLUMNS) int64.
+        strips: (strips, 2) int32: a job, and which of its strips.
+        first_strip, count: which strips; all of one kind.
+        scratch: where the packed values go; its dtype is the staged one.
+        cells: float32: the moments of rows and blocks, field by field; its first stride is a field's.
+        partials: (STRIP_FIELDS, strips) float32: the moments of each strip, of which the tensor's are pooled.
+        kind: what the strips have in common.
+        with_rows, with_blocks: whether the moments of these grids are wanted.
+    """
+    strips_kernel[(count,)](
+        jobs,
+        strips,
+        first_strip,
+        scratch,
+        cells,
+        cells.stride(0),
+        partials,
+        partials.stride(0),
+        SOURCE=_POINTED[kind.source],
+        DENSE=kind.dense,
+        ALIGNED=kind.aligned,
+        FULL=kind.full,
+        WITH_ROWS=with_rows,
+        WITH_BLOCKS=with_blocks,
+        EDGE=BLOCK,
+        JOB_COLUMNS=JOB_COLUMNS,
+        BY_HAND=INTERPRETED,
+        num_warps=WARPS,
+    )

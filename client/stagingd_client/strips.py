@@ -1,0 +1,77 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel that casts and takes moments is told: its job table, and the kinds of work it is compiled for.
+
+It works on strips: up to 128 rows of a matrix that lie between two multiples of 128 of the global tensor's
+rows, so that no 128 x 128 block is cut between two programs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import torch
+
+
+class Job(IntEnum):
+    """Columns of the job table: int64, one row per matrix, sizes and strides in elements.
+
+    A matrix's row ``r`` lies at ``ADDRESS + STRIDE_0 * (q // (SIZE_1 * SIZE_2)) + STRIDE_1 * (q // SIZE_2 % SIZE_1) +
+    STRIDE_2 * (q % SIZE_2)`` with ``q = FIRST_ROW + r``: rows in another order than the stage's are read in place.
+    """
+
+    ADDRESS = 0
+    """Of the source's first element, in bytes."""
+    ROWS = 1
+    COLUMNS = 2
+    FIRST_ROW = 3
+    SIZE_1 = 4
+    SIZE_2 = 5
+    STRIDE_0 = 6
+    STRIDE_1 = 7
+    STRIDE_2 = 8
+    COLUMN_STRIDE = 9
+    TARGET = 10
+    """Where in the scratch memory the packed rows begin."""
+    ROWS_LEFT = 11
+    """Rows of the first block that lie before the matrix."""
+    COLUMNS_LEFT = 12
+    """Columns of the first block that lie before the matrix."""
+    ROW_CELL = 13
+    """Where among the chunk's cells those of the rows begin."""
+    BLOCK_CELL = 14
+    """Where among the chunk's cells those of the blocks begin."""
+
+
+JOB_COLUMNS: Final = len(Job)
+STRIP_FIELDS: Final = 4
+"""What is kept of cells and strips, field by field: mean, M2, amax (fp32), and the number of non-finite values
+(int32)."""
+
+SOURCES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Dtypes that the kernel reads and writes."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the kernel is compiled for.
+
+    Attributes:
+        source, staged: dtypes.
+        dense: every source's column stride is 1.
+        aligned: every source's address is a multiple of 16 bytes, and all sizes and other strides of 8 elements.
+        full: every matrix is made of whole blocks.
+    """
+
+    source: torch.dtype
+    staged: torch.dtype
+    dense: bool
+    aligned: bool
+    full: bool
+
+    @property
+    def order(self) -> tuple[str, str, bool, bool, bool]:
+        """To sort by."""
+        return str(self.source), str(self.staged), self.dense, self.aligned, self.full
