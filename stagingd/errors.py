@@ -47,6 +47,12 @@ class UnknownTensor(StagingError):
     code = "unknown_tensor"
 
 
+class UnknownModel(StagingError):
+    """Nobody has said how the tensors of a model of this kind are named and ordered."""
+
+    code = "unknown_model"
+
+
 class WrongDtype(StagingError):
     """A shard's dtype is not the declared one, or is none that can be staged."""
 

@@ -9,9 +9,12 @@ shard by itself, with no gather and no collective.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from stagingd.errors import UnknownTensor
 from stagingd_client.placement import Held
 
 
@@ -37,12 +40,15 @@ class Names(Protocol):
             part: what this rank holds of it.
 
         Returns:
-            Views of ``part.values``, which together are all of its elements, each of them once.
+            Views of ``part.values``, which together are all of its elements but padding, each of them once.
 
         Raises:
             UnknownTensor: the stage would have no name for it; the message lists the nearest.
             WrongShape: the shard is not what a tensor of this name is like.
         """
+
+    def aliases(self) -> Mapping[str, str]:
+        """Names that readers may ask for, and the staged tensor that each stands for: tied weights are staged once."""
 
 
 class SameNames:
@@ -55,3 +61,24 @@ class SameNames:
     def shards(self, name: str, part: Held) -> tuple[NamedShard, ...]:
         """The shard itself."""
         return (NamedShard(name, part),)
+
+    def aliases(self) -> Mapping[str, str]:
+        """None."""
+        return {}
+
+
+def unknown(name: str, known: Iterable[str], *, of: str) -> UnknownTensor:
+    """The error for a name that the stage has none for.
+
+    Args:
+        name: the trainer's name.
+        known: the names that would have been understood.
+        of: whose names they are, for the message.
+    """
+    near = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.4)
+    hint = f"the nearest names are {', '.join(near)}" if near else "no name is near it"
+    return UnknownTensor(
+        f"tensor {name!r} has no Hugging Face name, as {of} has it: {hint}",
+        remedy="correct the name, or do not stage the tensor",
+        tensor=name,
+    )
