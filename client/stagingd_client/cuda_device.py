@@ -17,9 +17,10 @@ from cuda.bindings import runtime
 
 from stagingd.errors import StagingError
 from stagingd.segment import Segment
-from stagingd_client import pinning
+from stagingd_client import gpu_moments, pinning
 from stagingd_client.chunks import Copy
 from stagingd_client.queues import Mark
+from stagingd_client.strips import Kind
 
 MAX_PITCH: Final = 2**31 - 1
 """Bytes: what cudaMemcpy2DAsync takes between two runs."""
@@ -128,6 +129,24 @@ class CudaDevice:
     def host_memory(self, like: torch.Tensor) -> torch.Tensor:
         """Page-locked."""
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+    def cast(
+        self,
+        jobs: torch.Tensor,
+        strips: torch.Tensor,
+        first_strip: int,
+        count: int,
+        scratch: torch.Tensor,
+        cells: torch.Tensor,
+        partials: torch.Tensor,
+        *,
+        kind: Kind,
+        with_rows: bool,
+        with_blocks: bool,
+    ) -> None:
+        """By the Triton kernel."""
+        places = jobs, strips, first_strip, count, scratch, cells, partials
+        gpu_moments.cast_strips(*places, kind=kind, with_rows=with_rows, with_blocks=with_blocks)
 
 
 def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Callable[[], None]]:

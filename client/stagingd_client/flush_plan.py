@@ -201,15 +201,18 @@ class _Tables:
 
     def _add_job(self, chunk: Chunk, number: int, matrix: Matrix, kinds: _Kinds) -> None:
         rows, blocks = chunk.first_cells[number]
+        order = matrix.order
         columns = {
             Job.ROWS: matrix.rows,
             Job.COLUMNS: matrix.columns,
             Job.FIRST_ROW: matrix.first_row,
-            Job.SIZE_1: matrix.order.size_1,
-            Job.SIZE_2: matrix.order.size_2,
-            Job.STRIDE_0: matrix.order.strides[0],
-            Job.STRIDE_1: matrix.order.strides[1],
-            Job.STRIDE_2: matrix.order.strides[2],
+            Job.SIZE_1: order.sizes[1],
+            Job.SIZE_2: order.sizes[2],
+            Job.SIZE_3: order.sizes[3],
+            Job.STRIDE_0: order.strides[0],
+            Job.STRIDE_1: order.strides[1],
+            Job.STRIDE_2: order.strides[2],
+            Job.STRIDE_3: order.strides[3],
             Job.COLUMN_STRIDE: matrix.column_stride,
             Job.TARGET: chunk.places[number] // matrix.item,
             Job.ROWS_LEFT: matrix.rows_left,

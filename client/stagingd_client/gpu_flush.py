@@ -33,7 +33,6 @@ from stagingd_client import flush_plan
 from stagingd_client.chunks import Chunk
 from stagingd_client.flush import Flusher
 from stagingd_client.flush_plan import Launch, Plan
-from stagingd_client.gpu_moments import cast_strips
 from stagingd_client.holdings import Put
 from stagingd_client.queues import Device, Mark
 from stagingd_client.strips import STRIP_FIELDS
@@ -74,9 +73,16 @@ class DeviceFlusher:
         segment: the stage's memory.
         owned: by tensor, the boxes that this rank owns.
         device: the device.
+        scratch_bytes: the most that each half of the scratch memory may take.
     """
 
-    def __init__(self, segment: Segment, owned: Mapping[str, Sequence[OwnedBox]], device: Device) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        owned: Mapping[str, Sequence[OwnedBox]],
+        device: Device,
+        scratch_bytes: int = SCRATCH_BYTES,
+    ) -> None:
         self._catalog: Catalog = segment.catalog
         self._stored = [segment.moments(slot) for slot in (0, 1)]
         self._slots = [torch.frombuffer(segment.slot(slot), dtype=torch.uint8).data_ptr() for slot in (0, 1)]
@@ -84,11 +90,10 @@ class DeviceFlusher:
         self._owned = owned
         self._device = device
         mine = sum(self._catalog.tensors[box.tensor].bytes for boxes in owned.values() for box in boxes)
-        self._limit = min(SCRATCH_BYTES, max(SMALLEST_SCRATCH_BYTES, mine // 8))
+        self._limit = min(scratch_bytes, max(SMALLEST_SCRATCH_BYTES, mine // 8))
         self._halves: list[_Half] = []
         self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
         self._unfinished: list[tuple[int, Plan, _Tables]] = []
-        self._read: Mark | None = None
         self._copied: Mark | None = None
 
     def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> Mark:
@@ -111,9 +116,10 @@ class DeviceFlusher:
         self._unfinished.append((slot, plan, tables))
         if plan.unread:
             self._device.casting.run(lambda: self._flush_unread(slot, plan, puts))
-        self._read = self._device.casting.mark()
+        read = self._device.casting.mark()
+        self._device.copying.after(read)
         self._copied = self._device.copying.mark()
-        return self._read
+        return read
 
     def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
         casting, copying = self._device.casting, self._device.copying
@@ -134,7 +140,7 @@ class DeviceFlusher:
         half.copied = copying.mark()
 
     def _cast(self, launch: Launch, tables: _Tables, memory: torch.Tensor, cells: torch.Tensor) -> None:
-        cast_strips(
+        self._device.cast(
             tables.jobs,
             tables.strips,
             launch.first_strip,

@@ -42,18 +42,7 @@ def cast_strips(
     with_rows: bool,
     with_blocks: bool,
 ) -> None:
-    """Cast, pack and take moments, on the current stream.
-
-    Args:
-        jobs: the job table, (jobs, JOB_COLUMNS) int64.
-        strips: (strips, 2) int32: a job, and which of its strips.
-        first_strip, count: which strips; all of one kind.
-        scratch: where the packed values go; its dtype is the staged one.
-        cells: float32: the moments of rows and blocks, field by field; its first stride is a field's.
-        partials: (STRIP_FIELDS, strips) float32: the moments of each strip, of which the tensor's are pooled.
-        kind: what the strips have in common.
-        with_rows, with_blocks: whether the moments of these grids are wanted.
-    """
+    """Cast, pack and take moments, on the current stream; ``stagingd_client.queues.Device.cast`` says of what."""
     strips_kernel[(count,)](
         jobs,
         strips,

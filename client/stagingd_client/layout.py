@@ -66,14 +66,21 @@ class Layout:
         return found.reshape(self.box.lengths)
 
 
+LEVELS = 4
+"""Levels that an order of rows may have: rotary embeddings within fused groups need as many."""
+
+
 @dataclass(frozen=True)
 class Rows:
-    """How the rows of a matrix lie: row ``q`` at ``sum(strides * (q // (size_1 * size_2), q // size_2 % size_1, q %
-    size_2))``, in elements. Three levels are what rotary embeddings within fused groups need."""
+    """How the rows of a matrix lie: as the indices of an array in row-major order.
 
-    size_1: int
-    size_2: int
-    strides: tuple[int, int, int]
+    Attributes:
+        sizes: of the array's dims, four of them; that of the first is of no meaning.
+        strides: from one index to the next, in elements.
+    """
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 def rows_and_columns(layout: Layout) -> tuple[tuple[int, ...], Rows, int] | None:
@@ -81,16 +88,16 @@ def rows_and_columns(layout: Layout) -> tuple[tuple[int, ...], Rows, int] | None
 
     Returns:
         The strides of the leading dims, how rows lie, and the stride of columns; or None where the view is cut
-        finer than that: its columns in several parts, or its rows in more than three levels.
+        finer than that: its columns in several parts, or its rows in more than four levels.
     """
     groups = _grouped(layout)
     if groups is None:
         return None
     *before, rows, columns = [[(1, 0)]] * max(0, 2 - len(groups)) + groups
-    if len(columns) > 1 or any(len(dim) > 1 for dim in before) or len(rows) > 3:
+    if len(columns) > 1 or any(len(dim) > 1 for dim in before) or len(rows) > LEVELS:
         return None
-    levels = [(1, 0)] * (3 - len(rows)) + rows
-    found = Rows(levels[1][0], levels[2][0], (levels[0][1], levels[1][1], levels[2][1]))
+    levels = [(1, 0)] * (LEVELS - len(rows)) + rows
+    found = Rows(tuple(size for size, _ in levels), tuple(stride for _, stride in levels))
     return tuple(dim[0][1] for dim in before), found, columns[0][1]
 
 

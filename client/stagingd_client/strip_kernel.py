@@ -34,12 +34,20 @@ def _store_cells(cells, field_stride, at, mask, mean, m2, amax, nonfinite):
 @triton.jit
 def _rounded(values, TARGET: tl.constexpr, BY_HAND: tl.constexpr):
     """To the nearest, ties to even."""
-    if BY_HAND and tl.bfloat16 == TARGET and values.dtype == tl.float32:
-        bits = values.to(tl.uint32, bitcast=True)
+    if BY_HAND and tl.bfloat16 == TARGET:
+        bits = values.to(tl.float32).to(tl.uint32, bitcast=True)
         even = bits + 0x7FFF + ((bits >> 16) & 1)
         kept = tl.where(values == values, even, bits | 0x400000)  # a NaN stays one
         return (kept >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return values.to(TARGET)
+
+
+@triton.jit
+def _widened(staged, BY_HAND: tl.constexpr):
+    """To fp32, exactly."""
+    if BY_HAND and staged.dtype == tl.bfloat16:
+        return (staged.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return staged.to(tl.float32)
 
 
 @triton.jit
@@ -74,7 +82,7 @@ def _stage(values, target, row, row_inside, first, columns, FULL: tl.constexpr, 
         tl.store(target + at, staged)
     else:
         tl.store(target + at, staged, mask=_inside(row_inside, first, columns, WIDTH))
-    return staged.to(tl.float32)
+    return _widened(staged, BY_HAND)
 
 
 @triton.jit
@@ -133,12 +141,17 @@ def strips_kernel(
     columns = tl.load(job + 2)
     size_1 = tl.load(job + 4)
     size_2 = tl.load(job + 5)
-    stride_0 = tl.load(job + 6)
-    stride_1 = tl.load(job + 7)
-    stride_2 = tl.load(job + 8)
-    column_stride = tl.load(job + 9)
-    target_at = tl.load(job + 10)
-    columns_left = tl.load(job + 12)
+    size_3 = tl.load(job + 6)
+    stride_0 = tl.load(job + 7)
+    stride_1 = tl.load(job + 8)
+    stride_2 = tl.load(job + 9)
+    stride_3 = tl.load(job + 10)
+    column_stride = tl.load(job + 11)
+    target_at = tl.load(job + 12)
+    rows_left = tl.load(job + 13)
+    columns_left = tl.load(job + 14)
+    row_cell = tl.load(job + 15)
+    block_cell = tl.load(job + 16)
     source = tl.load(job).to(tl.pointer_type(SOURCE))
     if ALIGNED:  # 16 bytes: whole vectors are loaded and stored
         source = tl.multiple_of(source, 16)
@@ -146,15 +159,20 @@ def strips_kernel(
         stride_0 = tl.multiple_of(stride_0, 8)
         stride_1 = tl.multiple_of(stride_1, 8)
         stride_2 = tl.multiple_of(stride_2, 8)
+        stride_3 = tl.multiple_of(stride_3, 8)
         target_at = tl.multiple_of(target_at, 8)
         columns_left = tl.multiple_of(columns_left, 8)
     target = scratch + target_at
-    row = block_row * EDGE - tl.load(job + 11) + tl.arange(0, EDGE)
+    row = block_row * EDGE - rows_left + tl.arange(0, EDGE)
     row_inside = (row >= 0) & (row < rows)
     place = tl.load(job + 3) + row
-    row_start = place // size_2 // size_1 * stride_0 + place // size_2 % size_1 * stride_1 + place % size_2 * stride_2
+    row_start = place % size_3 * stride_3
+    place = place // size_3
+    row_start += place % size_2 * stride_2
+    place = place // size_2
+    row_start += place % size_1 * stride_1 + place // size_1 * stride_0
     blocks = tl.cdiv(columns_left + columns, EDGE)
-    block_cell = tl.load(job + 14) + block_row * blocks
+    block_cell += block_row * blocks
 
     # A block is taken in four parts of 32 columns: a row is then reduced within few threads, mostly in registers.
     QUARTER: tl.constexpr = EDGE // 4
@@ -221,7 +239,7 @@ def strips_kernel(
         bad += here_bad
     if WITH_ROWS:
         row_amax = bits.to(tl.float32, bitcast=True)
-        _store_cells(cells, field_stride, tl.load(job + 13) + row, row_inside, mean, m2, row_amax, bad)
+        _store_cells(cells, field_stride, row_cell + row, row_inside, mean, m2, row_amax, bad)
     _, strip_mean, strip_m2, strip_bits = tl.reduce((count, mean, m2, bits), 0, _union)
     strip_amax = strip_bits.to(tl.float32, bitcast=True)
     _store_cells(partials, partials_stride, strip, True, strip_mean, strip_m2, strip_amax, tl.sum(bad, 0))

@@ -18,8 +18,8 @@ import torch
 class Job(IntEnum):
     """Columns of the job table: int64, one row per matrix, sizes and strides in elements.
 
-    A matrix's row ``r`` lies at ``ADDRESS + STRIDE_0 * (q // (SIZE_1 * SIZE_2)) + STRIDE_1 * (q // SIZE_2 % SIZE_1) +
-    STRIDE_2 * (q % SIZE_2)`` with ``q = FIRST_ROW + r``: rows in another order than the stage's are read in place.
+    Row ``r`` of a matrix is row ``q = FIRST_ROW + r`` of an order with up to four levels, slowest first: level ``i``
+    has ``SIZE_i`` indices, ``STRIDE_i`` apart. So rows in another order than the stage's are read in place.
     """
 
     ADDRESS = 0
@@ -29,19 +29,21 @@ class Job(IntEnum):
     FIRST_ROW = 3
     SIZE_1 = 4
     SIZE_2 = 5
-    STRIDE_0 = 6
-    STRIDE_1 = 7
-    STRIDE_2 = 8
-    COLUMN_STRIDE = 9
-    TARGET = 10
+    SIZE_3 = 6
+    STRIDE_0 = 7
+    STRIDE_1 = 8
+    STRIDE_2 = 9
+    STRIDE_3 = 10
+    COLUMN_STRIDE = 11
+    TARGET = 12
     """Where in the scratch memory the packed rows begin."""
-    ROWS_LEFT = 11
+    ROWS_LEFT = 13
     """Rows of the first block that lie before the matrix."""
-    COLUMNS_LEFT = 12
+    COLUMNS_LEFT = 14
     """Columns of the first block that lie before the matrix."""
-    ROW_CELL = 13
+    ROW_CELL = 15
     """Where among the chunk's cells those of the rows begin."""
-    BLOCK_CELL = 14
+    BLOCK_CELL = 16
     """Where among the chunk's cells those of the blocks begin."""
 
 

@@ -1,0 +1,123 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks and copies: arithmetic only."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stagingd_client.chunks import Copy, Piece, chunks, coalesced, matrices
+from stagingd_client.layout import Layout, rows_and_columns
+from stagingd_client.naming import NamedShard
+from stagingd_client.placement import Held
+
+from stagingd.boxes import Box, whole
+from stagingd.catalog import Catalog, TensorDeclaration, build
+from stagingd.moments import ALL_GRIDS
+
+
+def places(copy: Copy) -> list[tuple[int, int]]:
+    """Every byte that a copy moves: to where, from where."""
+    return [
+        (copy.target + run * copy.target_pitch + byte, copy.source + run * copy.source_pitch + byte)
+        for run in range(copy.height)
+        for byte in range(copy.width)
+    ]
+
+
+@st.composite
+def several_copies(draw: st.DrawFn) -> list[Copy]:
+    """Copies side by side, as chunks have them: source and target rise, often regularly."""
+    copies = []
+    target = source = 0
+    for _ in range(draw(st.integers(1, 12))):
+        width, height = draw(st.sampled_from([4, 8])), draw(st.sampled_from([1, 1, 3]))
+        pitches = width + draw(st.sampled_from([0, 4])), width
+        target += draw(st.sampled_from([0, 0, 4, 300]))
+        source += draw(st.sampled_from([0, 0, 4]))
+        copies.append(Copy(target, source, width, height, *(pitches if height > 1 else (0, 0))))
+        target += pitches[0] * height if height > 1 else width
+        source += pitches[1] * height if height > 1 else width
+    return copies
+
+
+@settings(deadline=None)
+@given(several_copies())
+def test_coalesced_copies_move_the_same_bytes(copies: list[Copy]) -> None:
+    wanted = [place for copy in copies for place in places(copy)]
+    moved = [place for copy in coalesced(copies) for place in places(copy)]
+    assert set(wanted) <= set(moved)
+    assert len(moved) == len({target for target, _ in moved})  # nothing is written twice
+    # What is moved besides is padding, which both sides have between two tensors, and no wanted byte.
+    extra = set(moved) - set(wanted)
+    assert not {target for target, _ in extra} & {target for target, _ in wanted}
+    assert len(coalesced(copies)) <= len(copies)
+
+
+def catalog_of(shapes: dict[str, tuple[int, ...]], rows: slice | None = None) -> Catalog:
+    """A catalog of whole tensors, or with the given rows of each with rank 0 and the rest with rank 1."""
+    ranks: list[list[TensorDeclaration]] = [[], []]
+    for name, shape in shapes.items():
+        if rows is None:
+            boxes = [whole(shape), None]
+        else:
+            boxes = [
+                Box((0, 0), (rows.stop, shape[1])),
+                Box((rows.stop, 0), (shape[0] - rows.stop, shape[1])),
+            ]
+        for rank, box in zip(ranks, boxes, strict=True):
+            if box is not None:
+                rank.append(TensorDeclaration(name=name, dtype="bfloat16", shape=shape, boxes=(box,)))
+    return build("policy", [rank for rank in ranks if rank], ALL_GRIDS)
+
+
+def copies_of(catalog: Catalog, limit: int) -> tuple[int, int]:
+    """How many chunks, and copies in all, rank 0 needs."""
+    made = []
+    for number, owned in enumerate(catalog.owned_by(0)):
+        name, shape = catalog.tensors[owned.tensor].name, catalog.tensors[owned.tensor].shape
+        layout = Layout(name, shape, owned.box, owned.box.lengths, (owned.box.lengths[1], 1), 0)
+        made += matrices(number, Piece(owned, number, layout), catalog) or []
+    cut = list(chunks(made, catalog, limit))
+    return len(cut), sum(len(chunk.copies) + len(chunk.cell_copies) for chunk in cut)
+
+
+def test_eighteen_thousand_experts_take_few_copies() -> None:
+    shapes = {
+        f"layers.{layer}.experts.{expert}.{name}": shape
+        for layer in range(48)
+        for name, shape in (("gate", (768, 2048)), ("up", (768, 2048)), ("down", (2048, 768)))
+        for expert in range(128)
+    }
+    assert len(shapes) == 18432
+    chunk_count, copy_count = copies_of(catalog_of(shapes), 64 * 2**20)
+    assert chunk_count < 950  # 58 GB at 64 MiB
+    assert copy_count < 4 * chunk_count
+    # Every expert cut by rows, as FSDP over their second dim does: still not one copy per expert.
+    chunk_count, copy_count = copies_of(catalog_of(dict(list(shapes.items())[:3072]), slice(0, 384)), 64 * 2**20)
+    assert copy_count < 8 * chunk_count
+
+
+def view_of(values: torch.Tensor, shard: torch.Tensor, box: Box, shape: tuple[int, ...]) -> Layout:
+    return Layout.of(NamedShard("w", Held(shape, box, values)), shard)
+
+
+def test_rotary_rows_within_fused_groups_are_four_levels() -> None:
+    groups, heads, width, columns = 3, 2, 8, 5
+    native = torch.arange(groups * (heads + 2) * width * columns).view(groups, heads + 2, width, columns)
+    values = native[:, :heads].unflatten(2, (width // 2, 2)).transpose(2, 3)
+    shape = (groups * heads * width, columns)
+    layout = view_of(values, native, whole(shape), shape)
+    found = rows_and_columns(layout)
+    assert found is not None
+    _, order, column_stride = found
+    assert order.sizes == (groups, heads, 2, width // 2)
+    assert column_stride == 1
+    assert torch.equal(layout.view(native), values.reshape(shape))
+
+
+def test_columns_in_another_order_are_not_taken_for_rows() -> None:
+    shard = torch.arange(24.0)
+    values = shard.view(4, 3, 2).transpose(1, 2)
+    assert rows_and_columns(view_of(values, shard, whole((4, 6)), (4, 6))) is None
