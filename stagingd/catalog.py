@@ -11,17 +11,19 @@ from __future__ import annotations
 import difflib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Final
 
 from pydantic import FailFast, Field, model_validator
 
-from stagingd import boxes, moments
+from stagingd import aliases, boxes, moments
+from stagingd.aliases import Alias
 from stagingd.boxes import Box, Shape
 from stagingd.dtypes import ITEM_BYTES, WITH_MOMENTS
 from stagingd.errors import BoxDoubled, BoxMissing, BoxOutside, UnknownTensor, WrongDtype, WrongShape
 from stagingd.moments import Grid
+from stagingd.owners import HeldBox, Part, choose_owners
 from stagingd.record import Name, Rank, Record, StageName
 
 ALIGNMENT: Final = 256
@@ -92,12 +94,16 @@ class OwnedBox(Record):
 
 
 class Catalog(Record):
-    """Every tensor of a stage and who writes what; fixed once all ranks have declared."""
+    """Every tensor of a stage and who writes what; fixed once all ranks have declared.
+
+    Wherever a tensor is asked for by name, its aliases do as well.
+    """
 
     stage: StageName
     ranks: int
     grids: tuple[GridName, ...]
     tensors: tuple[StagedTensor, ...]
+    aliases: tuple[Alias, ...]
     owned: tuple[OwnedBox, ...]
     cells: int
     moments_offset: int
@@ -105,7 +111,8 @@ class Catalog(Record):
 
     @cached_property
     def _positions(self) -> Mapping[str, int]:
-        return {tensor.name: i for i, tensor in enumerate(self.tensors)}
+        positions = {tensor.name: i for i, tensor in enumerate(self.tensors)}
+        return positions | {alias.alias: positions[alias.name] for alias in self.aliases}
 
     @cached_property
     def _owned_by_tensor(self) -> Mapping[int, Sequence[OwnedBox]]:
@@ -122,7 +129,7 @@ class Catalog(Record):
         return dict(grouped)
 
     def tensor(self, name: str) -> StagedTensor:
-        """The tensor of this name.
+        """The tensor of this name or alias; ``name`` of what is returned is never an alias.
 
         Raises:
             UnknownTensor: the stage has none; the message lists the nearest names.
@@ -130,7 +137,7 @@ class Catalog(Record):
         return self.tensors[self.position(name)]
 
     def position(self, name: str) -> int:
-        """Index of a tensor in ``tensors``. Raises UnknownTensor."""
+        """Index in ``tensors`` of the tensor of this name or alias. Raises UnknownTensor."""
         if name not in self._positions:
             near = difflib.get_close_matches(name, self._positions, n=3, cutoff=0.4)
             hint = f"the nearest names are {', '.join(near)}" if near else "no name is near it"
@@ -162,18 +169,25 @@ class Catalog(Record):
         return sum(tensor.bytes for tensor in self.tensors)
 
 
-def build(stage: str, declarations: Sequence[Sequence[TensorDeclaration]], grids: Sequence[Grid]) -> Catalog:
+def build(
+    stage: str,
+    declarations: Sequence[Sequence[TensorDeclaration]],
+    grids: Sequence[Grid],
+    aliases_by_rank: Sequence[Sequence[Alias]] = (),
+) -> Catalog:
     """Make the catalog from what every rank declared.
 
     Args:
         stage: the stage's name.
         declarations: per rank, its tensors. The order in which tensors first appear is their order in a slot.
         grids: the grids to keep moments for.
+        aliases_by_rank: per rank, further names of tensors.
 
     Raises:
         WrongDtype, WrongShape: ranks disagree, or a dtype or shape cannot be staged.
         BoxOutside, BoxDoubled, BoxMissing: the boxes do not cover each tensor exactly once. Identical
-            boxes of different ranks are replicas, and one of them is made the owner.
+            boxes of different ranks are replicas, and each of these ranks is made the owner of some rows.
+        CatalogMismatch, UnknownTensor: ranks disagree on an alias, or it is a tensor's name, or stands for none.
     """
     if not any(declarations):
         raise WrongShape(f"no rank declares any tensor of stage {stage!r}", remedy="declare at least one", stage=stage)
@@ -183,17 +197,18 @@ def build(stage: str, declarations: Sequence[Sequence[TensorDeclaration]], grids
     covers: dict[_Cut, _Cover] = {}  # thousands of experts are cut alike
     for name in order:
         _check_cover(first[name], holders[name], covers)
-    owners = _choose_owners(first, holders)
+    parts = choose_owners(_held(first, holders))
     tensors, at = [], 0
     for name in order:
         tensors.append(StagedTensor(name=name, dtype=first[name].dtype, shape=first[name].shape, offset=at))
         at = _aligned(at + tensors[-1].bytes)
-    owned, cell_count = _place_cells(tensors, owners, grids)
+    owned, cell_count = _place_cells(tensors, parts, grids)
     return Catalog(
         stage=stage,
         ranks=len(declarations),
         grids=tuple(grids),
         tensors=tuple(tensors),
+        aliases=aliases.agreed(aliases_by_rank, first),
         owned=owned,
         cells=cell_count,
         moments_offset=at,
@@ -323,35 +338,22 @@ def _doubled(name: str, box: Box, rank: int, other: int) -> BoxDoubled:
     )
 
 
-def _choose_owners(
+def _held(
     tensors: Mapping[str, TensorDeclaration], holders: Mapping[str, Mapping[Box, Sequence[int]]]
-) -> dict[tuple[str, Box], int]:
-    """Give each box to one of its holders: replicas, largest first, to the one with fewest bytes so far."""
-    owners: dict[tuple[str, Box], int] = {}
-    load: dict[int, int] = defaultdict(int)
-    replicated = []
+) -> Iterator[HeldBox]:
     for name, by_box in holders.items():
+        item_bytes = ITEM_BYTES[tensors[name].dtype]
         for box, ranks in by_box.items():
-            size = box.volume * ITEM_BYTES[tensors[name].dtype]
-            if len(ranks) > 1:
-                replicated.append((size, name, box, ranks))
-                continue
-            owners[name, box] = ranks[0]
-            load[ranks[0]] += size
-    for size, name, box, ranks in sorted(replicated, key=lambda item: -item[0]):
-        owner = min(ranks, key=lambda rank: (load[rank], rank))
-        owners[name, box] = owner
-        load[owner] += size
-    return owners
+            yield HeldBox(name, box, tuple(ranks), item_bytes)
 
 
 def _place_cells(
-    tensors: Sequence[StagedTensor], owners: Mapping[tuple[str, Box], int], grids: Sequence[Grid]
+    tensors: Sequence[StagedTensor], parts: Iterable[Part], grids: Sequence[Grid]
 ) -> tuple[tuple[OwnedBox, ...], int]:
     """Number the cells rank by rank, so that a rank writes its moments of a version in one piece per field."""
     position = {tensor.name: i for i, tensor in enumerate(tensors)}
     placed, at = [], 0
-    for (name, box), rank in sorted(owners.items(), key=lambda item: (item[1], position[item[0][0]], item[0][1])):
+    for name, box, rank in sorted(parts, key=lambda part: (part.rank, position[part.tensor], part.box)):
         tensor = tensors[position[name]]
         placed.append(OwnedBox(tensor=position[name], box=box, rank=rank, first_cell=at))
         if tensor.has_moments:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from stagingd import catalog
 from stagingd.buffer import Waiting, named
-from stagingd.catalog import Catalog, TensorDeclaration
+from stagingd.catalog import Catalog
 from stagingd.errors import CatalogMismatch, InternalError, SegmentUnreadable, StagingError
 from stagingd.record import Record
 from stagingd.segment import Segment
@@ -32,7 +32,8 @@ Submit = Callable[[Callable[[], Segment]], "Future[Segment]"]
 class Terms(Record):
     """What the ranks agreed on besides the catalog. It stands in the segment, so that it outlives the daemon.
 
-    ``digests`` are of each rank's tensors: a rank that comes back declares the same ones, replicas included.
+    ``digests`` are of each rank's tensors and aliases: a rank that comes back declares the same ones, replicas
+    included.
     """
 
     options: StageOptions
@@ -57,7 +58,7 @@ class Terms(Record):
     def check_same(self, message: Declare, made: Catalog) -> None:
         """Refuse a rank that comes back with other tensors than the stage was made from. Raises CatalogMismatch."""
         check_agreement(message, len(self.digests), self.options)
-        if digest(message.tensors) != self.digests[message.rank]:
+        if digest(message) != self.digests[message.rank]:
             raise _mismatch(message, f"{_difference(message, made)}, unlike at first")
 
 
@@ -72,7 +73,7 @@ class Declaration:
         self.stage = stage
         self.ranks = ranks
         self.options = options
-        self.by_rank: dict[int, tuple[TensorDeclaration, ...]] = {}
+        self.by_rank: dict[int, Declare] = {}
         self.terms: Terms | None = None
         self.error: StagingError | None = None
         self._make = make
@@ -92,17 +93,19 @@ class Declaration:
         """
         check_agreement(message, self.ranks, self.options)
         if self.terms is not None:
-            if digest(message.tensors) != self.terms.digests[message.rank]:
+            if digest(message) != self.terms.digests[message.rank]:
                 raise _mismatch(message, "it declares other tensors than at first")
             return
-        self.by_rank[message.rank] = message.tensors
+        self.by_rank[message.rank] = message
         if len(self.by_rank) == self.ranks:
             everybody = [self.by_rank[rank] for rank in range(self.ranks)]
             self.terms = terms = Terms(options=self.options, digests=tuple(map(digest, everybody)))
             self._making = self._submit(lambda: self._made(everybody, terms))
 
-    def _made(self, everybody: Sequence[Sequence[TensorDeclaration]], terms: Terms) -> Segment:
-        return self._make(catalog.build(self.stage, everybody, self.options.grids), terms.encode())
+    def _made(self, everybody: Sequence[Declare], terms: Terms) -> Segment:
+        tensors = [message.tensors for message in everybody]
+        aliases = [message.aliases for message in everybody]
+        return self._make(catalog.build(self.stage, tensors, self.options.grids, aliases), terms.encode())
 
     def forget(self, rank: int) -> None:
         """A rank is gone before all have declared."""
@@ -134,10 +137,11 @@ class Declaration:
         return Waiting(f"all {self.ranks} ranks of stage {self.stage!r} to declare", missing)
 
 
-def digest(tensors: Sequence[TensorDeclaration]) -> bytes:
-    """SHA-256 of one rank's declaration, in any order of its tensors."""
-    plain = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.boxes) for tensor in tensors)
-    return hashlib.sha256(msgpack.packb(plain)).digest()
+def digest(message: Declare) -> bytes:
+    """SHA-256 of one rank's declaration, in any order of its tensors and aliases."""
+    tensors = sorted((tensor.name, tensor.dtype, tensor.shape, tensor.boxes) for tensor in message.tensors)
+    aliases = sorted({(alias.alias, alias.name) for alias in message.aliases})
+    return hashlib.sha256(msgpack.packb([tensors, aliases])).digest()
 
 
 def check_agreement(message: Declare, ranks: int, options: StageOptions) -> None:
@@ -160,7 +164,7 @@ def _difference(message: Declare, made: Catalog) -> str:
             return f"it declares tensor {tensor.name!r}, which the stage does not have"
         if (tensor.dtype, tensor.shape) != (was.dtype, was.shape):
             return f"tensor {tensor.name!r} is {tensor.dtype} {tensor.shape}, but was {was.dtype} {was.shape}"
-    return "it declares other tensors, or other boxes of them"
+    return "it declares other tensors, or other boxes or aliases of them"
 
 
 def _mismatch(message: Declare, what: str) -> CatalogMismatch:

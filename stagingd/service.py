@@ -291,13 +291,11 @@ class Service:
         A process that can be seen may come back by another connection; what it holds is safe until it ends.
         """
         session = self.sessions.find(identity)
-        if session is None:
-            return []
-        if session.pid and any(stage.uses(session) for stage in self.stages.values()):
+        if session is not None and session.pid and any(stage.uses(session) for stage in self.stages.values()):
             self.sessions.disconnect(session)
-        else:
+        elif session is not None:
             self._session_gone(session, "lost its connection")
-        return self._settle()
+        return self._settle()  # in any case: the news is told next, and messages may have been taken before
 
     def _session_gone(self, session: Session, how: str) -> None:
         self.sessions.remove(session)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import msgpack
 from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
+from stagingd.aliases import Alias
 from stagingd.boxes import Box
 from stagingd.buffer import Policy
 from stagingd.catalog import GridName, TensorDeclaration
@@ -24,7 +25,7 @@ from stagingd.errors import Context, MessageRefused, MessageTooLarge, StagingErr
 from stagingd.moments import ALL_GRIDS
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 """Raised whenever a message changes: daemon and clients must agree."""
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
@@ -76,7 +77,7 @@ class Hello(Record):
 
 
 class Declare(Record):
-    """A trainer rank's tensors. Answered by Declared once all ranks have declared."""
+    """A trainer rank's tensors, and further names of them. Answered by Declared once all ranks have declared."""
 
     kind: Literal["declare"] = "declare"
     stage: StageName
@@ -84,6 +85,7 @@ class Declare(Record):
     ranks: RankCount
     options: StageOptions
     tensors: Annotated[tuple[TensorDeclaration, ...], FailFast()]
+    aliases: Annotated[tuple[Alias, ...], FailFast()] = ()
     timeout_s: Seconds
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker
 
+from stagingd.aliases import Alias
 from stagingd.boxes import Box, whole
 
 
@@ -26,6 +27,7 @@ class CheckpointTensor:
 @dataclass(frozen=True)
 class CheckpointCatalog:
     tensors: tuple[CheckpointTensor, ...]
+    aliases: tuple[Alias, ...]
 
 
 class CheckpointLease:
@@ -46,17 +48,29 @@ class CheckpointLease:
 
 
 class CheckpointReader:
-    """Attaches to a stage whose name is a list of checkpoint directories."""
+    """Attaches to a stage whose name is a list of checkpoint directories.
+
+    Where the head equals the embedding it is an alias of it, as trainers with tied weights declare it.
+    """
 
     def __init__(self, stage: str) -> None:
         directories = stage.split(os.pathsep)
         self.versions = [load_file(os.path.join(directory, "model.safetensors")) for directory in directories]
+        tied = self._tied("lm_head.weight", "model.embed_tokens.weight")
         self.catalog = CheckpointCatalog(
             tuple(
                 CheckpointTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
                 for name, tensor in self.versions[0].items()
-            )
+            ),
+            tied,
         )
+
+    def _tied(self, alias: str, name: str) -> tuple[Alias, ...]:
+        if not all(torch.equal(version[alias], version[name]) for version in self.versions):
+            return ()
+        for version in self.versions:
+            del version[alias]
+        return (Alias(alias=alias, name=name),)
 
     @classmethod
     def attach(cls, stage: str, **_: object) -> CheckpointReader:

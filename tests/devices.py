@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -100,6 +101,9 @@ class LazyDevice:
         self._order = order
         self._hurry, self._linger = hurry, linger
         self.memory_bytes = 0
+
+    def at_work(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def current(self) -> LazyQueue:
         return self.trainer

@@ -304,7 +304,7 @@ def may_make_a_stage(request: wire.Request | None) -> bool:
     if request.ranks > 1:
         return True
     try:
-        made = catalog.build(request.stage, [request.tensors], request.options.grids)
+        made = catalog.build(request.stage, [request.tensors], request.options.grids, [request.aliases])
     except StagingError:
         return False
     return made.slot_bytes < 1 << 50  # beyond that there is no memory for it anywhere

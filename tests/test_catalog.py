@@ -6,9 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagingd.aliases import Alias
 from stagingd.boxes import Box, whole
-from stagingd.catalog import ALIGNMENT, TensorDeclaration, build
-from stagingd.errors import BoxDoubled, BoxMissing, BoxOutside, StagingError, UnknownTensor, WrongDtype, WrongShape
+from stagingd.catalog import ALIGNMENT, Catalog, TensorDeclaration, build
+from stagingd.errors import (
+    BoxDoubled,
+    BoxMissing,
+    BoxOutside,
+    CatalogMismatch,
+    StagingError,
+    UnknownTensor,
+    WrongDtype,
+    WrongShape,
+)
 from stagingd.moments import ALL_GRIDS
 
 SHAPE = (10, 6)
@@ -88,6 +98,54 @@ def test_an_unknown_tensor_is_refused_with_the_nearest_names() -> None:
     catalog = build("policy", [[declared(whole(SHAPE), name="model.layers.0.mlp.up_proj.weight")]], ALL_GRIDS)
     with pytest.raises(UnknownTensor, match=r"nearest names are model\.layers\.0\.mlp\.up_proj\.weight"):
         catalog.tensor("model.layers.0.mlp.upproj.weight")
+
+
+def build_with(*aliases: dict[str, str]) -> Catalog:
+    """Two ranks with half of the tensors "embed" and "norm" each, and the aliases of each rank."""
+    ranks = [[declared(rows(5 * r, 5 * r + 5), name=name) for name in ("embed", "norm")] for r in (0, 1)]
+    by_rank = [[Alias(alias=alias, name=name) for alias, name in each.items()] for each in aliases]
+    return build("policy", ranks, ALL_GRIDS, by_rank)
+
+
+def test_a_tensor_is_found_by_its_aliases_and_staged_once() -> None:
+    catalog = build_with({"head": "embed"}, {"head": "embed", "other head": "embed"})
+    assert [tensor.name for tensor in catalog.tensors] == ["embed", "norm"]
+    for alias in ("head", "other head"):
+        assert catalog.tensor(alias) is catalog.tensor("embed")
+        assert catalog.position(alias) == 0
+        assert [owned.rank for owned in catalog.owned_of(alias)] == [0, 1]
+    assert {alias.alias: alias.name for alias in catalog.aliases} == {"head": "embed", "other head": "embed"}
+    assert catalog.tensor_bytes == build_with().tensor_bytes
+
+
+def test_a_rank_need_not_declare_the_others_aliases() -> None:
+    assert build_with({}, {"head": "embed"}).tensor("head").name == "embed"
+
+
+def test_ranks_that_mean_different_tensors_by_an_alias_are_refused_and_both_are_named() -> None:
+    with pytest.raises(CatalogMismatch, match="'head' is another name of 'norm' on rank 1, and of 'embed' on rank 0"):
+        build_with({"head": "embed"}, {"head": "norm"})
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_alias_that_is_a_tensors_name_is_refused(rank: int) -> None:
+    with pytest.raises(CatalogMismatch, match=f"rank {rank} declares 'norm' as another name of 'embed', but it is a"):
+        build_with(*[{"norm": "embed"} if r == rank else {} for r in (0, 1)])
+
+
+def test_an_alias_of_no_tensor_is_refused() -> None:
+    with pytest.raises(UnknownTensor, match="rank 0 declares 'head' as another name of 'embe', which no rank declares"):
+        build_with({"head": "embe"}, {})
+
+
+def test_an_alias_of_an_alias_is_refused() -> None:
+    with pytest.raises(UnknownTensor, match="rank 1 declares 'tail' as another name of 'head'"):
+        build_with({"head": "embed"}, {"tail": "head"})
+
+
+def test_aliases_are_among_the_nearest_names() -> None:
+    with pytest.raises(UnknownTensor, match="nearest names are lm_head"):
+        build_with({"lm_head": "embed"}).tensor("lm_haed")
 
 
 @given(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagingd_client.chunks import Copy, Piece, chunks, coalesced, matrices
+from stagingd_client.chunks import Copy, Piece, chunks, coalesced, matrices, split
 from stagingd_client.layout import Layout, rows_and_columns
 from stagingd_client.naming import NamedShard
 from stagingd_client.placement import Held
@@ -53,6 +53,23 @@ def test_coalesced_copies_move_the_same_bytes(copies: list[Copy]) -> None:
     extra = set(moved) - set(wanted)
     assert not {target for target, _ in extra} & {target for target, _ in wanted}
     assert len(coalesced(copies)) <= len(copies)
+
+
+@settings(deadline=None)
+@given(several_copies(), st.lists(st.integers(1000, 2000), max_size=4).map(sorted))
+def test_split_copies_move_the_same_bytes_and_cross_no_seam(copies: list[Copy], seams: list[int]) -> None:
+    for copy in copies:
+        parts = list(split(copy, 1000, seams))
+        assert [place for part in parts for place in places(part)] == places(copy)
+        for part in parts:
+            reached = [1000 + target for target, _ in places(part)]
+            assert not any(min(reached) < seam <= max(reached) for seam in seams)
+
+
+def test_a_pitch_beyond_what_cuda_takes_becomes_single_runs() -> None:
+    tall = Copy(0, 0, 4, 4, 2**31, 4)
+    assert [part.height for part in split(tall, 0, [])] == [1, 1, 1, 1]
+    assert [part.target for part in split(tall, 0, [])] == [0, 2**31, 2**32, 3 * 2**31]
 
 
 def catalog_of(shapes: dict[str, tuple[int, ...]], rows: slice | None = None) -> Catalog:

@@ -21,8 +21,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from assembling import Assembly, numbered, part_of, shards_of
+from stagingd_client.modules import Modules
 from stagingd_client.naming import SameNames
-from stagingd_client.placement import held, named_tensors
+from stagingd_client.placement import held
 from stagingd_client.torchtitan_names import TorchTitanNames
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -47,7 +48,7 @@ class Model:
 def of_module(module: nn.Module, adapter: Any) -> Model:
     """A real model, every element of which is another number."""
     first = 0
-    tensors = {entry.name: entry.tensor.detach() for entry in named_tensors(module)}
+    tensors = {name: tensor.detach() for name, tensor in Modules(module).tensors()}
     for tensor in tensors.values():
         tensor.copy_(numbered(*tensor.shape, first=first))
         first += tensor.numel()

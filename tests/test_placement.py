@@ -9,8 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from stagingd_client.placement import Held, LocalShard, held, named_tensors
+from stagingd_client.modules import Modules
+from stagingd_client.placement import Held, LocalShard, held
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -100,6 +103,29 @@ def test_names_are_those_of_the_state_dict_and_tied_parameters_come_once() -> No
             self.register_buffer("kept", torch.zeros(1))
             self.register_buffer("transient", torch.zeros(1), persistent=False)
 
-    found = {entry.name: entry.cast for entry in named_tensors(Tied())}
-    assert found == {"embed.weight": True, "kept": False}
-    assert set(found) <= set(Tied().state_dict())
+    found = Modules(Tied())
+    assert {name for name, _ in found.tensors()} == {"embed.weight", "kept"}
+    assert found.buffers == {"kept"}
+    assert found.tied == {"head.weight": "embed.weight"}
+
+
+def test_tied_names_are_found_across_the_parts_of_a_model_and_without_wrappers() -> None:
+    first, last = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    last.weight = first.weight
+    parts = [torch.nn.ModuleDict({"embed": first, "again": first}), torch.nn.ModuleDict({"head": last})]
+    parts[1] = torch.nn.ModuleDict({"last": checkpoint_wrapper(parts[1])})
+    assert Modules(parts).tied == {
+        "again.weight": "embed.weight",
+        "again.bias": "embed.bias",
+        "last.head.weight": "embed.weight",
+    }
+    assert Modules(first).tied == {}
+
+
+def test_tied_parameters_stay_tied_when_they_are_sharded() -> None:
+    for _ in each_rank(2):
+        model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False))
+        model[1].weight = model[0].weight  # type: ignore[assignment]
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        assert isinstance(model[0].weight, DTensor)
+        assert Modules(model).tied == {"1.weight": "0.weight"}

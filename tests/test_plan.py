@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from stagingd_vllm.answers import Answer, answering, checked
-from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan
+from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan, plan_with_aliases
 from stagingd_vllm.receiver import LayoutChanged, Receiver
 from stagingd_vllm.tracing import trace_loader
 from stagingd_vllm.views import View, align, box_of, row_major
@@ -292,6 +292,70 @@ def test_the_second_name_of_a_tied_parameter_may_be_staged_and_is_not_read() -> 
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     plan = make_plan(writes, staged, shapes, {"language_model.lm_head.weight": "embed"})
     assert plan.unread == ("lm_head.weight",)
+
+
+class ToyWithHead(ToyModel):
+    """The same, with a head, apart from the embedding or tied to it."""
+
+    def __init__(self, rank: int, device: str, *, tied: bool, change: Loader | None = None) -> None:
+        super().__init__(rank, device, change)
+        self.tied = tied
+        if not tied:
+            self.head = torch.nn.Parameter(torch.full((PADDED // 2, HIDDEN), -1.0, device=device))
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        embed, rest = self.embed, []
+        for name, tensor in weights:
+            rest.append((name, tensor))
+            if name == "lm_head.weight":
+                if self.tied:
+                    raise KeyError(name)
+                self.embed = self.head
+                self._load_vocabulary(tensor)
+                self.embed = embed
+        super().load_weights(rest)
+
+
+ALIASES = {"lm_head.weight": "embed.weight"}
+
+
+def plan_offering(
+    aliases: dict[str, str], *, tied: bool, change: Loader | None = None, staged: dict[str, StagedTensor] = STAGED
+) -> ReadPlan:
+    def derive(names: Mapping[str, str]) -> ReadPlan:
+        model = ToyWithHead(0, "meta", tied=tied, change=change)
+        parameters = dict(model.named_parameters())
+        writes = trace_loader(model.load_weights, staged, parameters, names)
+        return make_plan(writes, staged, {name: tuple(p.shape) for name, p in parameters.items()}, {})
+
+    return plan_with_aliases(derive, aliases)
+
+
+def test_an_engine_that_keeps_tied_weights_apart_reads_the_tensor_for_both() -> None:
+    loaded, live = ToyWithHead(0, "cpu", tied=False), ToyWithHead(0, "cpu", tied=False)
+    version = a_version(1)
+    loaded.load_weights([*version.tensors.items(), ("lm_head.weight", version.tensors["embed.weight"])])
+    plan = plan_offering(ALIASES, tied=False)
+    assert {entry.region.parameter for entry in plan.entries if entry.tensor == "embed.weight"} == {"embed", "head"}
+    assert plan.staged_bytes == sum(tensor.bytes for tensor in STAGED.values())
+    Receiver(live, plan).apply(version)
+    for expected, found in zip(loaded.parameters(), live.parameters(), strict=True):
+        assert torch.equal(expected, found)
+    with pytest.raises(PlanRefused, match=r"no staged tensor fills \[0:4, 0:6\] of parameter head"):
+        plan_offering({}, tied=False)
+
+
+def test_an_engine_that_ties_its_weights_is_not_offered_the_other_name() -> None:
+    assert plan_offering(ALIASES, tied=True) == plan_offering({}, tied=True)
+
+
+def test_a_refusal_is_about_the_model_and_not_about_an_alias() -> None:
+    doubled = on("k.weight", lambda model, t: t * 2)
+    for tied in (True, False):
+        with pytest.raises(PlanRefused, match=r"computes with staged tensor k\.weight"):
+            plan_offering(ALIASES, tied=tied, change=doubled)
+    with pytest.raises(PlanRefused, match="no parameter of this model takes staged tensor scale"):
+        plan_offering(ALIASES, tied=False, staged=STAGED | {"scale": StagedTensor("float32", (1,))})
 
 
 def test_a_parameter_that_moved_is_refused_before_anything_is_written() -> None:

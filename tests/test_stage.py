@@ -15,7 +15,15 @@ from stagingd_vllm import Reader
 from stagingd import wire
 from stagingd.boxes import Box
 from stagingd.connection import Connection
-from stagingd.errors import CatalogMismatch, DeadlineExceeded, OutOfOrder, RankTaken, StagingError, VersionAborted
+from stagingd.errors import (
+    CatalogMismatch,
+    DeadlineExceeded,
+    OutOfOrder,
+    RankTaken,
+    StagingError,
+    UnknownTensor,
+    VersionAborted,
+)
 from stagingd.moments import Grid
 
 SHAPE = (37, 300)
@@ -110,6 +118,24 @@ def test_two_ranks_put_columns_and_a_reader_sees_one_tensor(daemon: RunningDaemo
         stage.close()
 
 
+def test_replicas_put_their_rows_and_a_reader_sees_one_tensor(daemon: RunningDaemon, stage_name: str) -> None:
+    shape = (1024, 1024)
+    full = torch.randn(shape, generator=torch.Generator().manual_seed(5)).bfloat16()
+    ranks = [open_stage(daemon, stage_name, rank=rank, ranks=2) for rank in (0, 1)]
+    assert in_parallel(*[lambda s=stage: s.declare({"w": full}) for stage in ranks]) == [None, None]
+    assert [str(owned.box) for owned in ranks[0].catalog.owned] == ["[0:512, 0:1024]", "[512:1024, 0:1024]"]
+    for publication in [put_all(stage, 1, {"w": full}) for stage in ranks]:
+        publication.wait()
+    with (
+        Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader,
+        reader.lease() as lease,
+    ):
+        assert torch.equal(lease.read("w"), full)
+        assert lease.moments("w", Grid.TENSOR).variance == pytest.approx(full.double().var(correction=0).item())
+    for stage in ranks:
+        stage.close()
+
+
 def test_after_the_fence_the_trainer_may_change_its_tensors(daemon: RunningDaemon, stage_name: str) -> None:
     tensors = weights(1)
     with open_stage(daemon, stage_name) as stage:
@@ -142,6 +168,57 @@ def test_publish_stages_parameters_and_buffers_of_a_module_in_one_line(daemon: R
         module(torch.randn(3, 8)).sum().backward()
         optimizer.step()
         stage.publish(2, module).wait()
+
+
+class Tied(torch.nn.Module):
+    """An embedding that is the head too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 4)
+        self.head = torch.nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_a_tied_parameter_is_staged_once_and_read_under_both_names(daemon: RunningDaemon, stage_name: str) -> None:
+    module = Tied()
+    with open_stage(daemon, stage_name) as stage:
+        stage.publish(1, module).wait()
+        assert [tensor.name for tensor in stage.catalog.tensors] == ["embed.weight"]
+        with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader:
+            with reader.lease() as lease:
+                box = Box((2, 0), (3, 4))
+                for name in ("embed.weight", "head.weight"):
+                    assert torch.equal(lease.read(name, box), module.embed.weight.detach().bfloat16()[2:5])
+                    assert lease.moments(name, Grid.TENSOR).count == 28
+
+
+def test_aliases_may_be_given_and_a_trainer_that_comes_back_has_the_same(
+    daemon: RunningDaemon, stage_name: str
+) -> None:
+    with open_stage(daemon, stage_name) as stage:
+        stage.declare(weights(0), aliases={"twin": "matrix", "other": "vector"})
+        put_all(stage, 1, weights(1)).wait()
+        with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader:
+            with reader.lease() as lease:
+                assert torch.equal(lease.read("twin"), weights(1)["matrix"].bfloat16())
+    with open_stage(daemon, stage_name) as stage, pytest.raises(CatalogMismatch, match="or aliases of them"):
+        stage.declare(weights(0), aliases={"twin": "matrix"})
+    with open_stage(daemon, stage_name) as stage:
+        stage.declare(weights(0), aliases={"other": "vector", "twin": "matrix"})
+
+
+def test_an_alias_of_no_tensor_is_refused_and_a_modules_may_be_corrected(
+    daemon: RunningDaemon, stage_name: str
+) -> None:
+    with open_stage(daemon, stage_name) as stage:
+        with pytest.raises(UnknownTensor, match=r"'twin' as another name of 'head\.weight', which no rank declares"):
+            stage.declare(Tied(), aliases={"twin": "head.weight"})
+        catalog = stage.declare(Tied(), aliases={"twin": "embed.weight"})
+        assert {alias.alias: alias.name for alias in catalog.aliases} == {
+            "head.weight": "embed.weight",
+            "twin": "embed.weight",
+        }
 
 
 def test_a_trainer_that_comes_back_goes_on_from_the_newest_version(daemon: RunningDaemon, stage_name: str) -> None:

@@ -35,7 +35,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
         "norm": noise(1024) + 1,
         "odd": noise(333, 77).half(),
         "experts": noise(6, 200, 320).bfloat16(),
-        "scalar": noise(()),
+        "scalar": noise(),
         "counts": torch.arange(9, device="cuda"),
         **{f"expert.{i}": noise(768, 256) for i in range(40)},
     }

@@ -24,7 +24,8 @@ PROMPTS = [[1, 5, 9, 7], list(range(20, 60))]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three checkpoints of one tiny model; the last has one tensor too many."""
+    """Four checkpoints of one tiny model; the third has one tensor too many, and in the last head and embedding are
+    equal."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(
         hidden_size=256,
@@ -37,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    paths = [tmp_path_factory.mktemp("checkpoint") for _ in range(3)]
+    paths = [tmp_path_factory.mktemp("checkpoint") for _ in range(4)]
     for seed, path in enumerate(paths):
         torch.manual_seed(seed)
         model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
@@ -46,6 +47,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         model.save_pretrained(path)
     odd = paths[2] / "model.safetensors"
     save_file(load_file(odd) | {"model.layers.0.self_attn.bend.weight": torch.zeros(4)}, odd)
+    tied = paths[3] / "model.safetensors"
+    tensors = load_file(tied)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tied)
     return paths
 
 
@@ -114,6 +118,18 @@ def test_a_plan_survives_vllms_own_reload(engine: Any, checkpoints: list[Path]) 
     update(engine, 1)
     assert generated(engine) == expected
     assert engine.collective_rpc("stagingd_version") == [1]
+    engine.collective_rpc("stagingd_detach")
+
+
+def test_weights_that_are_tied_in_the_trainer_reach_both_places_of_an_engine_that_keeps_them_apart(
+    engine: Any, checkpoints: list[Path]
+) -> None:
+    summary = attach(engine, checkpoints[3])
+    assert summary["bytes_per_update"] == summary["bytes_of_stage"] + 2 * 1021 * 256
+    update(engine, 1)
+    updated = engine.collective_rpc("stagingd_weights")
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[3])})
+    assert engine.collective_rpc("stagingd_weights") == updated
     engine.collective_rpc("stagingd_detach")
 
 

@@ -9,6 +9,7 @@ the shards' addresses.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -244,6 +245,42 @@ def _higher(before: Copy, copy: Copy) -> Copy | None:
     if not (follows and same):
         return None
     return replace(before, height=before.height + copy.height, target_pitch=target_pitch, source_pitch=source_pitch)
+
+
+MAX_PITCH: Final = 2**31 - 1
+"""Bytes: what CUDA's two-dimensional copies take between two runs."""
+
+
+def split(copy: Copy, slot: int, seams: Sequence[int]) -> Iterator[Copy]:
+    """The same bytes in copies of which none crosses a seam, and none has a pitch that is too large.
+
+    Args:
+        copy: what to copy.
+        slot: the slot's address.
+        seams: addresses that no copy's target may cross, rising.
+    """
+    start = slot + copy.target
+    end = start + (copy.height - 1) * copy.target_pitch + copy.width
+    after = bisect.bisect_right(seams, start)
+    crosses = after < len(seams) and seams[after] < end
+    too_wide = copy.height > 1 and max(copy.target_pitch, copy.source_pitch) > MAX_PITCH
+    if not crosses and not too_wide:
+        yield copy
+        return
+    if copy.height > 1:
+        half = copy.height // 2
+        parts = _runs(copy, 0, half), _runs(copy, half, copy.height - half)
+    else:
+        before = seams[after] - start
+        rest = replace(copy, target=copy.target + before, source=copy.source + before, width=copy.width - before)
+        parts = replace(copy, width=before), rest
+    for part in parts:
+        yield from split(part, slot, seams)
+
+
+def _runs(copy: Copy, first: int, count: int) -> Copy:
+    target = copy.target + first * copy.target_pitch
+    return replace(copy, target=target, source=copy.source + first * copy.source_pitch, height=count)
 
 
 @dataclass(frozen=True)

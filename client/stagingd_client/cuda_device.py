@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,12 +19,9 @@ from cuda.bindings import runtime
 from stagingd.errors import StagingError
 from stagingd.segment import Segment
 from stagingd_client import gpu_moments, pinning
-from stagingd_client.chunks import Copy
+from stagingd_client.chunks import Copy, split
 from stagingd_client.queues import Mark
 from stagingd_client.strips import Kind
-
-MAX_PITCH: Final = 2**31 - 1
-"""Bytes: what cudaMemcpy2DAsync takes between two runs."""
 
 _TO_HOST: Final = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
@@ -49,9 +47,10 @@ class CudaMark:
 class CudaQueue:
     """A stream."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, stream: torch.cuda.Stream, seams: Sequence[int] = ()) -> None:
         self._stream = stream
         self._handle = stream.cuda_stream
+        self._seams = seams
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CudaQueue) and other._stream == self._stream
@@ -72,21 +71,20 @@ class CudaQueue:
 
     def run(self, work: Callable[[], None]) -> None:
         """Call something with this stream as the current one."""
+        if torch.cuda.current_stream(self._stream.device) == self._stream:
+            return work()
         with torch.cuda.stream(self._stream):
-            work()
+            return work()
 
     def copy(self, copy: Copy, slot: int, scratch: int) -> None:
         """Start a copy to the host. Raises CudaFailed."""
-        target, source = slot + copy.target, scratch + copy.source
-        if copy.height == 1:
-            _check(runtime.cudaMemcpyAsync(target, source, copy.width, _TO_HOST, self._handle), copy)
-        elif max(copy.target_pitch, copy.source_pitch) > MAX_PITCH:
-            for run in range(copy.height):
-                to, at = target + run * copy.target_pitch, source + run * copy.source_pitch
-                _check(runtime.cudaMemcpyAsync(to, at, copy.width, _TO_HOST, self._handle), copy)
-        else:
-            pitches = copy.target_pitch, source, copy.source_pitch
-            _check(runtime.cudaMemcpy2DAsync(target, *pitches, copy.width, copy.height, _TO_HOST, self._handle), copy)
+        for part in split(copy, slot, self._seams):
+            target, source = slot + part.target, scratch + part.source
+            if part.height == 1:
+                _check(runtime.cudaMemcpyAsync(target, source, part.width, _TO_HOST, self._handle), part)
+            else:
+                where = target, part.target_pitch, source, part.source_pitch
+                _check(runtime.cudaMemcpy2DAsync(*where, part.width, part.height, _TO_HOST, self._handle), part)
 
 
 def _check(answer: tuple[runtime.cudaError_t], copy: Copy) -> None:
@@ -99,13 +97,18 @@ def _check(answer: tuple[runtime.cudaError_t], copy: Copy) -> None:
 
 
 class CudaDevice:
-    """A GPU."""
+    """A GPU.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: which.
+        seams: addresses at which one registration of host memory ends and the next begins: no copy may span two.
+    """
+
+    def __init__(self, device: torch.device, seams: Sequence[int] = ()) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._casting = CudaQueue(self._stream)
-        self._copying = CudaQueue(torch.cuda.Stream(device))
+        self._copying = CudaQueue(torch.cuda.Stream(device), seams)
 
     @property
     def casting(self) -> CudaQueue:
@@ -116,6 +119,12 @@ class CudaDevice:
     def copying(self) -> CudaQueue:
         """Another."""
         return self._copying
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """With the casting stream as the current one: changing it for every kernel takes as long as to start one."""
+        with torch.cuda.stream(self._stream):
+            yield
 
     def current(self) -> CudaQueue:
         """The calling thread's current stream on this GPU."""
@@ -160,7 +169,7 @@ def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Cal
         for slot in (0, 1):
             memory = torch.frombuffer(segment.slot(slot), dtype=torch.uint8)
             spans += pinning.register(pinning.Span(memory.data_ptr(), memory.nbytes), _register, _unregister)
-        opened = CudaDevice(device)
+        opened = CudaDevice(device, sorted(span.address for span in spans))
 
     def release() -> None:
         with torch.cuda.device(device):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,19 +52,28 @@ class Flushers:
         self._host = Flusher(segment, owned)
         self._devices: dict[torch.device, tuple[Device, DeviceFlusher, Callable[[], None]]] = {}
 
-    def open(self, devices: Iterable[torch.device]) -> None:
-        """Be ready for shards on these devices. Registering the stage's memory takes a second per 30 GiB."""
-        for device in devices:
-            if device.type != "cpu" and device not in self._devices:
-                opened, release = self._open_device(device, self._segment)
-                self._devices[device] = opened, DeviceFlusher(self._segment, self._owned, opened), release
+    def prepare(self, puts: Sequence[Put]) -> None:
+        """Do beforehand what the first version of these shards would else wait for.
 
-    def current(self, device: torch.device) -> Queue | None:
-        """Where the caller's computations on a device go; None for the host, which computes at once."""
-        if device.type == "cpu":
-            return None
-        self.open((device,))
-        return self._devices[device][0].current()
+        Registering the stage's memory takes a second per 30 GiB, compiling kernels seconds.
+        """
+        for where, some in _by_device(puts).items():
+            if where.type != "cpu":
+                device, flusher, _ = self._device(where)
+                with device.at_work():
+                    flusher.prepare(some)
+
+    def _device(self, where: torch.device) -> tuple[Device, DeviceFlusher, Callable[[], None]]:
+        if where not in self._devices:
+            opened, release = self._open_device(where, self._segment)
+            self._devices[where] = opened, DeviceFlusher(self._segment, self._owned, opened), release
+        return self._devices[where]
+
+    def current(self, devices: Iterable[torch.device]) -> Iterator[Queue]:
+        """Where the caller's computations on these devices go; the host computes at once."""
+        for where in set(devices):
+            if where.type != "cpu":
+                yield self._device(where)[0].current()
 
     def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> list[Read]:
         """Stage all owned boxes of shards.
@@ -72,14 +81,13 @@ class Flushers:
         Returns:
             For each device when it will have read them. Those in host memory have been read by then.
         """
-        by_device: dict[torch.device, list[Put]] = defaultdict(list)
-        for put in puts:
-            by_device[put.shard.device].append(put)
+        by_device = _by_device(puts)
         self._host.flush(slot, by_device.pop(torch.device("cpu"), ()))
         read = []
         for where, some in by_device.items():
-            device, flusher, _ = self._devices[where]
-            read.append(Read(device, flusher.flush(slot, some, ready)))
+            device, flusher, _ = self._device(where)
+            with device.at_work():
+                read.append(Read(device, flusher.flush(slot, some, ready)))
         return read
 
     def finish(self, timeout_s: float) -> None:
@@ -99,6 +107,13 @@ class Flushers:
         for _, _, release in self._devices.values():
             release()
         self._devices.clear()
+
+
+def _by_device(puts: Iterable[Put]) -> dict[torch.device, list[Put]]:
+    found: dict[torch.device, list[Put]] = defaultdict(list)
+    for put in puts:
+        found[put.shard.device].append(put)
+    return found
 
 
 def open_device(device: torch.device, segment: Segment) -> Opened:

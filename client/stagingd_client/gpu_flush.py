@@ -37,8 +37,8 @@ from stagingd_client.holdings import Put
 from stagingd_client.queues import Device, Mark
 from stagingd_client.strips import STRIP_FIELDS
 
-SCRATCH_BYTES: Final = 64 * 2**20
-"""One half of the scratch memory: copies of this size take the link's full speed."""
+SCRATCH_BYTES: Final = 96 * 2**20
+"""One half of the scratch memory: few chunks keep the host's part small, and both halves stay below 256 MiB."""
 SMALLEST_SCRATCH_BYTES: Final = 4 * 2**20
 PLANS_KEPT: Final = 64
 """Sets of shards that are put together; nearly always one."""
@@ -95,6 +95,14 @@ class DeviceFlusher:
         self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
         self._unfinished: list[tuple[int, Plan, _Tables]] = []
         self._copied: Mark | None = None
+
+    def prepare(self, puts: Sequence[Put]) -> None:
+        """Plan the flush of shards, and have the device compile its kernels: a first version does not wait for that."""
+        plan, tables = self._planned(puts)
+        memory = self._halves[0].memory
+        cells = torch.empty_like(self._halves[0].cells).view(STRIP_FIELDS, -1)
+        for launch in {launch.kind: launch for _, launches in plan.chunks for launch in launches}.values():
+            self._device.casting.run(lambda launch=launch: self._cast(launch, tables, memory, cells))  # type: ignore[misc]
 
     def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> Mark:
         """Queue the flush of shards.

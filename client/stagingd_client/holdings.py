@@ -70,7 +70,6 @@ class Holdings:
         self._names = names
         self._dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[tuple[str, Box], Holding] = {}
-        self._devices: set[torch.device] = set()
         self._recent: dict[str, tuple[weakref.ref[torch.Tensor], Holding]] = {}
         for name, shards in tensors.items():
             if not names.skips(name):
@@ -81,18 +80,12 @@ class Holdings:
             self._dtypes[name] = _plain(shard).dtype
             part = held(name, shard)
             if part is not None:
-                self._devices.add(part.values.device)
                 self._shards[name, part.box] = self._holding(len(self._shards), name, part)
 
     def _holding(self, number: int, name: str, part: Held) -> Holding:
         values = part.values
         layouts = tuple(Layout.of(named, values) for named in self._names.shards(name, part))
         return Holding(number, name, values.dtype, part.global_shape, part.box, values.stride(), layouts)
-
-    @property
-    def devices(self) -> frozenset[torch.device]:
-        """Where the shards are."""
-        return frozenset(self._devices)
 
     def declarations(self, dtype: torch.dtype | None, keep_dtype: frozenset[str]) -> tuple[TensorDeclaration, ...]:
         """What to tell the daemon.
@@ -149,10 +142,11 @@ class Holdings:
     def _check_declared(self, catalog: Catalog, name: str, dtype: torch.dtype) -> None:
         declared = self._dtypes.get(name)
         if declared is None:
-            catalog.tensor(name)  # raises UnknownTensor with the nearest names
+            known = catalog.tensor(name).name  # raises UnknownTensor with the nearest names
+            why = "only other ranks declared" if known == name else f"is another name of {known!r}"
             raise UnknownTensor(
-                f"rank {self._rank} puts tensor {name!r}, which only other ranks declared",
-                remedy="declare it on this rank too",
+                f"rank {self._rank} puts tensor {name!r}, which {why}",
+                remedy="put what this rank declared: a tied tensor once, by its own name",
                 tensor=name,
                 rank=self._rank,
             )

@@ -40,20 +40,24 @@ class Modules:
     def __init__(self, modules: nn.Module | Iterable[nn.Module]) -> None:
         self.modules = (modules,) if isinstance(modules, nn.Module) else tuple(modules)
         self._places: dict[str, _Place] = {}
-        seen: set[int] = set()
-        for module in self.modules:
-            for place in _places(module):
-                tensor = place.owner[place.key]
-                if tensor is None or id(tensor) in seen:
-                    continue
-                seen.add(id(tensor))
-                if place.name in self._places:
-                    raise BoxDoubled(
-                        f"two modules have a tensor {place.name!r}",
-                        remedy="give the parts of one model, whose names differ, or name them apart",
-                        tensor=place.name,
-                    )
+        self.tied: dict[str, str] = {}
+        """Further names of tensors that stand in several places, each with the first one."""
+        names: dict[int, str] = {}
+        for place in (place for module in self.modules for place in _places(module)):
+            tensor = place.owner[place.key]
+            if tensor is None:
+                continue
+            first = names.setdefault(id(tensor), place.name)
+            if first != place.name:
+                self.tied[place.name] = first
+            elif place.name not in self._places:
                 self._places[place.name] = place
+            elif self._places[place.name].owner[self._places[place.name].key] is not tensor:
+                raise BoxDoubled(
+                    f"two modules have a tensor {place.name!r}",
+                    remedy="give the parts of one model, whose names differ, or name them apart",
+                    tensor=place.name,
+                )
 
     def are(self, modules: nn.Module | Iterable[nn.Module]) -> bool:
         """Whether these are the modules that were looked through."""
@@ -74,7 +78,7 @@ class Modules:
 
 
 def _places(module: nn.Module) -> Iterator[_Place]:
-    for prefix, owner in module.named_modules():
+    for prefix, owner in module.named_modules(remove_duplicate=False):
         for key in owner._parameters:
             yield _Place(_plain_name(prefix, key), owner._parameters, key, cast=True)
         for key in owner._buffers:

@@ -5,11 +5,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -146,34 +144,3 @@ def _check_placements(name: str, tensor: DTensor) -> None:
                 remedy="pad the dim, or pass LocalShards with their true global_shape and offset",
                 tensor=name,
             )
-
-
-@dataclass(frozen=True)
-class NamedTensor:
-    """A tensor of a module: ``cast`` says whether it may be staged in the stage's dtype instead of its own."""
-
-    name: str
-    tensor: torch.Tensor
-    cast: bool
-
-
-_WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module"})
-
-
-def named_tensors(module: nn.Module) -> Iterator[NamedTensor]:
-    """A module's parameters and persistent buffers, each once, by the names that its state dict has.
-
-    Buffers keep their dtype: a router's bias is kept in fp32 on purpose. No collective is run, as
-    taking the state dict of some models would.
-    """
-    for name, parameter in module.named_parameters():
-        yield NamedTensor(_plain_name(name), parameter, cast=True)
-    for prefix, owner in module.named_modules():
-        transient: Sequence[str] = tuple(owner._non_persistent_buffers_set)
-        for name, buffer in owner.named_buffers(recurse=False):
-            if name not in transient:
-                yield NamedTensor(_plain_name(f"{prefix}.{name}" if prefix else name), buffer, cast=False)
-
-
-def _plain_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

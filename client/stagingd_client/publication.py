@@ -29,15 +29,13 @@ class Batch:
     """
 
     puts: list[Put] = field(default_factory=list)
-    queues: list[Queue] = field(default_factory=list)
+    queues: set[Queue] = field(default_factory=set)
     bytes: int = 0
 
-    def add(self, put: Put, queue: Queue | None) -> None:
+    def add(self, put: Put) -> None:
         """Add a shard."""
         self.puts.append(put)
         self.bytes += put.shard.nbytes
-        if queue is not None and queue not in self.queues:
-            self.queues.append(queue)
 
     def marks(self) -> list[Mark]:
         """When the shards have the values that they were put with."""

@@ -9,6 +9,7 @@ and in as odd an order as the marks allow.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -56,6 +57,9 @@ class Device(Protocol):
     @property
     def copying(self) -> Queue:
         """The queue of copies."""
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """While it is open, queueing what the casting queue does costs least."""
 
     def current(self) -> Queue:
         """The queue that the calling thread's computations go to."""

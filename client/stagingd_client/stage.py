@@ -20,7 +20,7 @@ next ``begin``. The version is lost then, and nothing else: go on with the next 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import nn
 
 from stagingd import segment, wire
+from stagingd.aliases import Alias
 from stagingd.buffer import Policy
 from stagingd.catalog import Catalog, OwnedBox
 from stagingd.connection import ANSWER_S, Connection, Expected
@@ -42,7 +43,7 @@ from stagingd.errors import (
 from stagingd.moments import ALL_GRIDS, Grid
 from stagingd_client import flushers
 from stagingd_client.flushers import Flushers
-from stagingd_client.holdings import Holdings, Shards
+from stagingd_client.holdings import Holdings, Put, Shards
 from stagingd_client.modules import Modules
 from stagingd_client.naming import Names, SameNames
 from stagingd_client.placement import LocalShard
@@ -146,7 +147,11 @@ class Stage:
         return self._newest
 
     def declare(
-        self, tensors: nn.Module | Iterable[nn.Module] | Mapping[str, Shards], *, keep_dtype: Iterable[str] = ()
+        self,
+        tensors: nn.Module | Iterable[nn.Module] | Mapping[str, Shards],
+        *,
+        keep_dtype: Iterable[str] = (),
+        aliases: Mapping[str, str] | None = None,
     ) -> Catalog:
         """Say what this rank holds; returns once all ranks have.
 
@@ -154,18 +159,23 @@ class Stage:
             tensors: a module, the parts of a model, or tensors by name: DTensors, plain tensors that are whole, or
                 LocalShards, several where a rank holds several boxes of one tensor.
             keep_dtype: names of tensors that are staged in their own dtype whatever the stage's is.
+            aliases: further names of the stage's tensors, each with the name that it stands for: readers may use
+                either, and the tensor is staged once. Those of tied parameters are found without being given.
 
         Raises:
             WrongDtype, WrongShape, BoxOutside, BoxDoubled, BoxMissing, CatalogMismatch: what does not fit.
-            UnknownTensor: there is no name for a tensor.
+            UnknownTensor: there is no name for a tensor, or an alias stands for one that no rank declares.
             NotEnoughMemory: there is no room for two versions.
             DeadlineExceeded: some ranks have not declared in time; the message names them.
         """
         if self._segment is not None:
             raise OutOfOrder(f"stage {self.name!r} is declared already", remedy="declare once, then begin versions")
+        also = {**self._names.aliases(), **(aliases or {})}
         if not isinstance(tensors, Mapping):
             self._modules = Modules(tensors)
             keep_dtype = {*keep_dtype, *self._modules.buffers}
+            if isinstance(self._names, SameNames):
+                also = self._modules.tied | also
             tensors = dict(self._modules.tensors())
         holdings = self._holdings = Holdings(self.rank, self._names, tensors)
         request = wire.Declare(
@@ -174,20 +184,28 @@ class Stage:
             ranks=self.ranks,
             options=self._options,
             tensors=holdings.declarations(self._dtype, frozenset(keep_dtype)),
+            aliases=tuple(Alias(alias=alias, name=name) for alias, name in also.items()),
             timeout_s=self.timeout_s,
         )
         answer = self._connection.request(request, wire.Declared, timeout_s=self.timeout_s)
-        self._adopt(answer, holdings.devices)
+        self._adopt(answer)
+        self._ready().flushers.prepare(list(self._places(tensors)))
         return self.catalog
 
-    def _adopt(self, answer: wire.Declared, devices: Iterable[torch.device]) -> None:
+    def _adopt(self, answer: wire.Declared) -> None:
         self._segment = segment.open_existing(answer.segment, writable=True)
         self._newest = answer.newest
         for owned in self.catalog.owned_by(self.rank):
             self._owned.setdefault(self.catalog.tensors[owned.tensor].name, []).append(owned)
             self._boxes_owned += 1
         self._flushers = Flushers(self._segment, self._owned, self._open_device)
-        self._flushers.open(devices)
+
+    def _places(self, tensors: Mapping[str, Shards]) -> Iterator[Put]:
+        for name, shards in tensors.items():
+            for shard in shards if isinstance(shards, Sequence) else (shards,):
+                put = self._ready().holdings.place(self.catalog, name, shard)
+                if put is not None:
+                    yield put
 
     # One version
 
@@ -255,22 +273,28 @@ class Stage:
         publication = self._begun(f"put of tensor {name!r}")
         if isinstance(shard, torch.Tensor) and (global_shape is not None or offset is not None):
             shard = LocalShard(shard, global_shape, offset)
-        ready = self._ready()
-        put = ready.holdings.place(self.catalog, name, shard)
-        if put is None:
-            return
-        if put.holding.number in publication._put:
-            raise OutOfOrder(
-                f"box {put.holding.box} of tensor {name!r} is put twice for version {publication.version}",
-                remedy="put every shard once per version",
-                tensor=name,
-                box=put.holding.box,
-                version=publication.version,
-            )
-        publication._put.add(put.holding.number)
-        publication._batch.add(put, ready.flushers.current(put.shard.device))
+        self._put(publication, ((name, shard),))
         if publication._batch.bytes >= BATCH_BYTES:
             self._flush(publication)
+
+    def _put(self, publication: Publication, shards: Iterable[tuple[str, torch.Tensor | LocalShard]]) -> None:
+        """Take shards up. This is what the trainer pays for: a few microseconds a shard."""
+        ready, catalog, batch = self._ready(), self.catalog, publication._batch
+        for name, shard in shards:
+            put = ready.holdings.place(catalog, name, shard)
+            if put is None:
+                continue
+            if put.holding.number in publication._put:
+                raise OutOfOrder(
+                    f"box {put.holding.box} of tensor {name!r} is put twice for version {publication.version}",
+                    remedy="put every shard once per version",
+                    tensor=name,
+                    box=put.holding.box,
+                    version=publication.version,
+                )
+            publication._put.add(put.holding.number)
+            batch.add(put)
+        batch.queues.update(ready.flushers.current(put.shard.device for put in batch.puts))
 
     def _flush(self, publication: Publication) -> None:
         """Queue what has been put so far for the background thread."""
@@ -365,8 +389,7 @@ class Stage:
             found = self._modules = Modules(modules)
         self.begin(version)
         try:
-            for name, tensor in found.tensors():
-                self.put(name, tensor)
+            self._put(self._begun("put"), found.tensors())
             return self.commit()
         except StagingError:
             self.abort("a shard was refused")

@@ -101,7 +101,7 @@ class TorchTitanNames:
         """The Hugging Face tensors of which a shard holds a part.
 
         Args:
-            name: the name that the tensor has in ``named_tensors`` of the model.
+            name: the name that the tensor has in ``Modules`` of the model.
             part: what this rank holds of it.
 
         Returns:

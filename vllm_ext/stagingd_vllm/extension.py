@@ -87,7 +87,8 @@ class StagingdWorkerExtension:
             undo.callback(reader.close)
             model = self.get_model()
             staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
-            receiver = Receiver(model, derive_plan(model, self.vllm_config, staged))
+            aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
+            receiver = Receiver(model, derive_plan(model, self.vllm_config, staged, aliases))
             undo.pop_all()
         self.stagingd_attachment = Attachment(reader, receiver)
         return {"rank": rank, "ranks": ranks, **_summary(receiver)}

@@ -9,7 +9,7 @@ Nothing here imports torch or vLLM: a plan is made from what a trace of the mode
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagingd.boxes import Box, Shape, intersect, overlapping, uncovered
@@ -147,6 +147,30 @@ def make_plan(
     read = {entry.tensor for entry in entries}
     unread = tuple(name for name in staged if name not in read)
     return ReadPlan(entries, sum(tensor.bytes for tensor in staged.values()), unread)
+
+
+def plan_with_aliases(derive: Callable[[Mapping[str, str]], ReadPlan], aliases: Mapping[str, str]) -> ReadPlan:
+    """The plan without the stage's aliases, or with them where the model cannot be filled otherwise.
+
+    A model whose weights are tied needs no alias, and its loader may refuse a name that its checkpoints never
+    have; one whose weights are apart needs the tensor under both names.
+
+    Args:
+        derive: makes the plan with the aliases that it is given.
+        aliases: further names of staged tensors, each with the tensor's own.
+
+    Raises:
+        PlanRefused: neither can be done; what is told is what is wrong with the model rather than with an alias.
+    """
+    try:
+        return derive({})
+    except PlanRefused as refused:
+        if not aliases:
+            raise
+        try:
+            return derive(aliases)
+        except PlanRefused as also:
+            raise (refused if also.context.get("tensor") in aliases else also) from None
 
 
 def _entry(write: Write, tensor: StagedTensor) -> PlanEntry:

@@ -19,13 +19,18 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from stagingd.boxes import Shape
-from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan
+from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan, plan_with_aliases
 from stagingd_vllm.tracing import LoadWeights, trace_loader
 
 _CONSTRUCTOR_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def derive_plan(model: torch.nn.Module, vllm_config: VllmConfig, staged: Mapping[str, StagedTensor]) -> ReadPlan:
+def derive_plan(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    staged: Mapping[str, StagedTensor],
+    staged_aliases: Mapping[str, str],
+) -> ReadPlan:
     """The read plan of this worker for a stage.
 
     Call it in the worker, after the model was loaded. The live model is looked at and never written.
@@ -34,15 +39,25 @@ def derive_plan(model: torch.nn.Module, vllm_config: VllmConfig, staged: Mapping
         model: the worker's live model.
         vllm_config: the configuration that it was made from.
         staged: every tensor of the stage by its Hugging Face name.
+        staged_aliases: further names of these tensors, each with the tensor's own.
 
     Raises:
         PlanRefused: the stage does not fit the model, or the model is of a kind that is not understood.
     """
     _refuse_rearranged(model)
+    return plan_with_aliases(lambda names: _derive(model, vllm_config, staged, names), staged_aliases)
+
+
+def _derive(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    staged: Mapping[str, StagedTensor],
+    staged_aliases: Mapping[str, str],
+) -> ReadPlan:
     skeleton = _build_skeleton(vllm_config)
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     owners = _owners(model, parameters)
-    writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters)
+    writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters, staged_aliases)
     # Under the owner's name: parameters that vLLM tied after loading are apart in the skeleton, and two tensors
     # that claim the one live region are then noticed.
     owned = [dataclasses.replace(write, parameter=owners[write.parameter]) for write in writes]

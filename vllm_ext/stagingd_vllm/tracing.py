@@ -27,7 +27,10 @@ _REMEDY = "this loader cannot be repeated by reads in place; load this model wit
 
 
 def trace_loader(
-    load_weights: LoadWeights, staged: Mapping[str, StagedTensor], parameters: Mapping[str, torch.Tensor]
+    load_weights: LoadWeights,
+    staged: Mapping[str, StagedTensor],
+    parameters: Mapping[str, torch.Tensor],
+    aliases: Mapping[str, str] | None = None,
 ) -> list[Write]:
     """Records every write that ``load_weights`` makes to ``parameters`` when given all of ``staged``.
 
@@ -37,6 +40,7 @@ def trace_loader(
         load_weights: takes an iterable of (name, tensor), as a vLLM model does.
         staged: the tensors to hand over, in this order, as meta tensors of their dtypes and global shapes.
         parameters: the meta parameters that the loader writes.
+        aliases: further names under which staged tensors are handed over. Writes tell the tensor's own name.
 
     Raises:
         PlanRefused: the loader computes with a staged tensor, writes a parameter from something else, writes
@@ -49,7 +53,8 @@ def trace_loader(
     handed: list[str] = []
 
     def weights() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in sources.items():
+        again = [(alias, sources[name]) for alias, name in (aliases or {}).items()]
+        for name, tensor in [*sources.items(), *again]:
             handed.append(name)
             yield name, tensor
 
