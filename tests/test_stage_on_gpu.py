@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from daemons import RunningDaemon
@@ -66,8 +67,11 @@ def check(daemon: RunningDaemon, stage: Stage, wanted: dict[str, torch.Tensor]) 
                 box: Box = whole(tuple(tensor.shape))
                 for grid, cells in shard_moments(staged.cpu(), box, ALL_GRIDS).items():
                     found = lease.moments(name, grid)
-                    assert torch.equal(torch.from_numpy(found.amax.copy()).flatten(), cells.amax), (name, grid)
-                    variance = torch.from_numpy(found.variance.copy()).flatten()
+                    assert torch.equal(torch.from_numpy(np.atleast_1d(found.amax).copy()).flatten(), cells.amax), (
+                        name,
+                        grid,
+                    )
+                    variance = torch.from_numpy(np.atleast_1d(found.variance)).flatten()
                     torch.testing.assert_close(variance, cells.m2 / cells.count.clamp_min(1), rtol=1e-4, atol=1e-6)
 
 

@@ -52,7 +52,7 @@ class Plan:
         strip_pieces: per strip, the number of its piece.
         strip_elements: per strip, how many elements it has.
         pieces: what is flushed.
-        unread: boxes that the kernel does not read, with the shards that hold them: they go one by one.
+        unread: boxes that the kernel does not read, with the shards that hold them.
     """
 
     chunks: tuple[tuple[Chunk, tuple[Launch, ...]], ...]

@@ -71,7 +71,7 @@ class Flushers:
 
     def current(self, devices: Iterable[torch.device]) -> Iterator[Queue]:
         """Where the caller's computations on these devices go; the host computes at once."""
-        for where in set(devices):
+        for where in devices:
             if where.type != "cpu":
                 yield self._device(where)[0].current()
 

@@ -25,12 +25,13 @@ from typing import Final
 import numpy as np
 import torch
 
+from stagingd.boxes import relative
 from stagingd.catalog import Catalog, OwnedBox
 from stagingd.errors import DeadlineExceeded
 from stagingd.moments import Grid, field_stride
 from stagingd.segment import Segment
 from stagingd_client import flush_plan
-from stagingd_client.chunks import Chunk
+from stagingd_client.chunks import Chunk, Piece
 from stagingd_client.flush import Flusher
 from stagingd_client.flush_plan import Launch, Plan
 from stagingd_client.holdings import Put
@@ -40,6 +41,8 @@ from stagingd_client.strips import STRIP_FIELDS
 SCRATCH_BYTES: Final = 96 * 2**20
 """One half of the scratch memory: few chunks keep the host's part small, and both halves stay below 256 MiB."""
 SMALLEST_SCRATCH_BYTES: Final = 4 * 2**20
+ASIDE_BYTES: Final = 16 * 2**20
+"""What the kernel does not read (integers, odd views) is set aside in memory of its own, up to so many bytes."""
 PLANS_KEPT: Final = 64
 """Sets of shards that are put together; nearly always one."""
 LOOK_S: Final = 0.0005
@@ -57,13 +60,32 @@ class _Half:
 
 @dataclass(frozen=True)
 class _Tables:
-    """A plan's tables on the device, and where its strips' moments go."""
+    """A plan's tables on the device, where its strips' moments go, and how the rest is flushed.
+
+    Attributes:
+        host_jobs, jobs: the job table, here and there.
+        strips: of the plan.
+        partials, host_partials: the moments of strips, there and here.
+        aside: pieces that go through memory of their own.
+        one_by_one: pieces for which there is no room: the host waits for the device.
+    """
 
     host_jobs: torch.Tensor
     jobs: torch.Tensor
     strips: torch.Tensor
     partials: torch.Tensor
     host_partials: torch.Tensor
+    aside: tuple[_Aside, ...]
+    one_by_one: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """A piece that the kernel does not read: cast by torch, and written to the slot when the version is finished."""
+
+    piece: Piece
+    there: torch.Tensor
+    here: torch.Tensor
 
 
 class DeviceFlusher:
@@ -120,10 +142,11 @@ class DeviceFlusher:
         plan, tables = self._planned(puts)
         for chunk, launches in plan.chunks:
             self._flush_chunk(slot, chunk, launches, tables)
-        self._fetch_partials(tables)
+        self._set_aside(tables, puts)
+        for piece in tables.one_by_one:
+            self._one_by_one.write_piece(slot, piece, puts[piece.source].shard)
+        self._fetch(tables)
         self._unfinished.append((slot, plan, tables))
-        if plan.unread:
-            self._device.casting.run(lambda: self._flush_unread(slot, plan, puts))
         read = self._device.casting.mark()
         self._device.copying.after(read)
         self._copied = self._device.copying.mark()
@@ -161,14 +184,18 @@ class DeviceFlusher:
             with_blocks=Grid.BLOCK in self._catalog.grids,
         )
 
-    def _fetch_partials(self, tables: _Tables) -> None:
-        self._device.copying.after(self._device.casting.mark())
-        self._device.copying.run(lambda: _start_copy(tables.host_partials, tables.partials))
+    def _set_aside(self, tables: _Tables, puts: Sequence[Put]) -> None:
+        for aside in tables.aside:
+            shard = puts[aside.piece.source].shard
+            self._device.casting.run(lambda aside=aside, shard=shard: _cast_aside(aside, shard))  # type: ignore[misc]
 
-    def _flush_unread(self, slot: int, plan: Plan, puts: Sequence[Put]) -> None:
-        """Few and small, if there are any: integers, and views that the kernel does not read."""
-        for piece in plan.unread:
-            self._one_by_one.write_piece(slot, piece, puts[piece.source].shard)
+    def _fetch(self, tables: _Tables) -> None:
+        self._device.copying.after(self._device.casting.mark())
+        for here, there in [
+            (tables.host_partials, tables.partials),
+            *((aside.here, aside.there) for aside in tables.aside),
+        ]:
+            self._device.copying.run(lambda here=here, there=there: _start_copy(here, there))  # type: ignore[misc]
 
     # Plans
 
@@ -200,7 +227,22 @@ class DeviceFlusher:
         strips_there = self._device.memory(strips.nbytes).view(torch.int32).view(strips.shape)
         self._device.casting.run(lambda: _start_copy(strips_there, strips))
         partials = self._device.memory(4 * STRIP_FIELDS * len(strips)).view(torch.float32).view(STRIP_FIELDS, -1)
-        return _Tables(host_jobs, on_device, strips_there, partials, self._device.host_memory(partials))
+        host_partials = self._device.host_memory(partials)
+        return _Tables(host_jobs, on_device, strips_there, partials, host_partials, *self._rest(plan))
+
+    def _rest(self, plan: Plan) -> tuple[tuple[_Aside, ...], tuple[Piece, ...]]:
+        """How what the kernel does not read is flushed."""
+        aside, one_by_one, taken = [], [], 0
+        for piece in plan.unread:
+            dtype: torch.dtype = getattr(torch, self._catalog.tensors[piece.owned.tensor].dtype)
+            size = piece.owned.box.volume * dtype.itemsize
+            if taken + size > ASIDE_BYTES:
+                one_by_one.append(piece)
+                continue
+            taken += size
+            there = self._device.memory(size).view(dtype).view(piece.owned.box.lengths)
+            aside.append(_Aside(piece, there, self._device.host_memory(there)))
+        return tuple(aside), tuple(one_by_one)
 
     def _provide_scratch(self, plan: Plan) -> None:
         need = STRIP_FIELDS * field_stride(plan.cells)
@@ -236,12 +278,19 @@ class DeviceFlusher:
         for slot, plan, tables in self._unfinished:
             if Grid.TENSOR in self._catalog.grids and plan.pieces:
                 plan.store_tensor_cells(tables.host_partials.numpy(), self._stored[slot], self._catalog)
+            for aside in tables.aside:
+                self._one_by_one.write(slot, aside.piece.owned, aside.here)
         self._unfinished.clear()
 
     def abandon(self, deadline: float) -> None:
         """Wait until nothing is on its way to the slot any more. Raises DeadlineExceeded."""
         self.wait_until_copied(deadline)
         self._unfinished.clear()
+
+
+def _cast_aside(aside: _Aside, shard: torch.Tensor) -> None:
+    part = relative(aside.piece.owned.box, aside.piece.layout.box)
+    _start_copy(aside.there, aside.piece.layout.view(shard)[part.slices])
 
 
 def _start_copy(target: torch.Tensor, source: torch.Tensor) -> None:

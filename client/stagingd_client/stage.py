@@ -280,6 +280,7 @@ class Stage:
     def _put(self, publication: Publication, shards: Iterable[tuple[str, torch.Tensor | LocalShard]]) -> None:
         """Take shards up. This is what the trainer pays for: a few microseconds a shard."""
         ready, catalog, batch = self._ready(), self.catalog, publication._batch
+        devices = set()
         for name, shard in shards:
             put = ready.holdings.place(catalog, name, shard)
             if put is None:
@@ -294,7 +295,8 @@ class Stage:
                 )
             publication._put.add(put.holding.number)
             batch.add(put)
-        batch.queues.update(ready.flushers.current(put.shard.device for put in batch.puts))
+            devices.add(put.shard.device)
+        batch.queues.update(ready.flushers.current(devices))
 
     def _flush(self, publication: Publication) -> None:
         """Queue what has been put so far for the background thread."""
