@@ -17,7 +17,7 @@ import torch
 from devices import LazyDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagingd_client import LocalShard
+from stagingd_client import LocalShard, gpu_flush
 from stagingd_client.flush import Flusher
 from stagingd_client.gpu_flush import DeviceFlusher
 from stagingd_client.holdings import Holdings, Put
@@ -261,6 +261,17 @@ def test_a_strided_part_of_a_larger_tensor_is_read_in_place() -> None:
     large = torch.randn(300, 700)
     shards = {"columns": LocalShard(large[:, 100:228], (300, 128), (0, 0)), "rows": LocalShard(large[::2])}
     with staging(shards) as rank:
+        Flusher(rank.made, rank.owned).flush(0, rank.puts())
+        device = LazyDevice(random.Random(5))
+        flusher = rank.flusher(device)
+        flusher.flush(1, rank.puts(), [device.current().mark()])
+        finish(flusher)
+        rank.assert_slots_equal()
+
+
+def test_what_there_is_no_room_to_set_aside_is_staged_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_flush, "ASIDE_BYTES", 100)
+    with staging({"few": torch.arange(9), "many": torch.arange(999), "w": torch.randn(40, 40)}) as rank:
         Flusher(rank.made, rank.owned).flush(0, rank.puts())
         device = LazyDevice(random.Random(5))
         flusher = rank.flusher(device)

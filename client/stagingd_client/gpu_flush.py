@@ -144,7 +144,8 @@ class DeviceFlusher:
             self._flush_chunk(slot, chunk, launches, tables)
         self._set_aside(tables, puts)
         for piece in tables.one_by_one:
-            self._one_by_one.write_piece(slot, piece, puts[piece.source].shard)
+            shard = puts[piece.source].shard
+            self._device.casting.run(lambda piece=piece, shard=shard: self._one_by_one.write_piece(slot, piece, shard))  # type: ignore[misc]
         self._fetch(tables)
         self._unfinished.append((slot, plan, tables))
         read = self._device.casting.mark()
