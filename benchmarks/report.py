@@ -22,7 +22,7 @@ import psutil
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "pyzmq", "stagingd")
+PACKAGES = ("torch", "triton", "torchtitan", "numpy", "pyzmq", "stagingd")
 GIT_S = 10.0
 """The longest that git may take, in seconds."""
 
@@ -115,11 +115,18 @@ def surroundings(**settings: Any) -> dict[str, Any]:
         "system": platform.platform(),
         "load_average_1min": os.getloadavg()[0],
         "taken_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "uncommitted_changes": None if changes is None else bool(changes),
         "settings": settings,
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"  # as where the benchmark runs from a source tree
 
 
 def machine_slug(given: str | None = None) -> str:
