@@ -103,7 +103,7 @@ def flush(
     found = []
     for name in models:
         label = f"{name}, {count} {'GPU' if device == 'cuda' else 'CPU rank'}{'s' if count > 1 else ''}"
-        case = Case(label, name, count, device, versions, tokens, steps, checkpoint, gather)
+        case = Case(label, name, count, device, versions, tokens, steps, checkpoint and SHAPES[name].trains, gather)
         measured = measure(case)
         found += rows(case, measured)
         for note in {note for rank in measured for note in rank.notes}:

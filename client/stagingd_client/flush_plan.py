@@ -52,6 +52,7 @@ class Plan:
         strip_pieces: per strip, the number of its piece.
         strip_elements: per strip, how many elements it has.
         pieces: what is flushed.
+        tensor_cells: per piece, the cell that its own moments go to; none where that grid is not kept.
         unread: boxes that the kernel does not read, with the shards that hold them.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     strip_pieces: npt.NDArray[np.int64]
     strip_elements: npt.NDArray[np.int64]
     pieces: tuple[Piece, ...]
+    tensor_cells: npt.NDArray[np.int64]
     unread: tuple[Piece, ...]
 
     @property
@@ -79,7 +81,7 @@ class Plan:
         """Whether matrices at these addresses are aligned as the plan supposes."""
         return bool(np.array_equal(addresses % VECTOR_BYTES, self.misaligned))
 
-    def store_tensor_cells(self, partials: npt.NDArray[np.float32], stored: StoredMoments, catalog: Catalog) -> None:
+    def store_tensor_cells(self, partials: npt.NDArray[np.float32], stored: StoredMoments) -> None:
         """Pool the moments of strips into those of whole boxes, and store them.
 
         Source: the pairwise formulae of Chan, Golub and LeVeque (1979), for many sets at once.
@@ -87,7 +89,6 @@ class Plan:
         Args:
             partials: (4, strips) float32: mean, M2, amax, and the number of non-finite values as int32.
             stored: the slot's moments.
-            catalog: the stage's.
         """
         number, boxes = self.strip_pieces, len(self.pieces)
         mean, m2, amax = (field.astype(np.float64) for field in partials[:3])
@@ -98,7 +99,7 @@ class Plan:
         away = mean - center[number]
         greatest = np.zeros(boxes)
         np.maximum.at(greatest, number, amax)
-        cells = [catalog.first_cell(piece.owned, Grid.TENSOR) for piece in self.pieces]
+        cells = self.tensor_cells
         stored.mean[cells] = center
         stored.m2[cells] = np.bincount(number, m2 + count * away * away, boxes)
         stored.amax[cells] = greatest
@@ -128,7 +129,9 @@ def make(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: 
     kinds = {i: _Kinds(puts, piece, catalog) for i, piece in enumerate(taken)}
     tables = _Tables()
     cut = tuple((chunk, tables.add(chunk, kinds)) for chunk in chunks.chunks(read, catalog, limit))
-    return tables.plan(cut, tuple(taken), tuple(unread))
+    kept = Grid.TENSOR in catalog.grids
+    cells = [catalog.first_cell(piece.owned, Grid.TENSOR) for piece in taken] if kept else []
+    return tables.plan(cut, tuple(taken), np.asarray(cells, np.int64), tuple(unread))
 
 
 def _pieces(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: Catalog) -> list[Piece]:
@@ -226,7 +229,11 @@ class _Tables:
         self.misaligned.append((kinds.address + matrix.offset * kinds.item) % VECTOR_BYTES)
 
     def plan(
-        self, cut: tuple[tuple[Chunk, tuple[Launch, ...]], ...], pieces: tuple[Piece, ...], unread: tuple[Piece, ...]
+        self,
+        cut: tuple[tuple[Chunk, tuple[Launch, ...]], ...],
+        pieces: tuple[Piece, ...],
+        tensor_cells: npt.NDArray[np.int64],
+        unread: tuple[Piece, ...],
     ) -> Plan:
         """The plan of all that was added."""
         return Plan(
@@ -239,5 +246,6 @@ class _Tables:
             strip_pieces=np.asarray(self.strip_pieces, np.int64),
             strip_elements=np.asarray(self.strip_elements, np.int64),
             pieces=pieces,
+            tensor_cells=tensor_cells,
             unread=unread,
         )

@@ -277,8 +277,8 @@ class DeviceFlusher:
         """Wait until everything is copied, and store the moments of whole tensors. Raises DeadlineExceeded."""
         self.wait_until_copied(deadline)
         for slot, plan, tables in self._unfinished:
-            if Grid.TENSOR in self._catalog.grids and plan.pieces:
-                plan.store_tensor_cells(tables.host_partials.numpy(), self._stored[slot], self._catalog)
+            if len(plan.tensor_cells):
+                plan.store_tensor_cells(tables.host_partials.numpy(), self._stored[slot])
             for aside in tables.aside:
                 self._one_by_one.write(slot, aside.piece.owned, aside.here)
         self._unfinished.clear()
