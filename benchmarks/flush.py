@@ -108,8 +108,8 @@ def flush(
         found += rows(case, measured)
         for note in {note for rank in measured for note in rank.notes}:
             console.print(f"{label}: {note}")
-    report = Report("flush", machine_slug(machine), around, found)
-    path = report.write(results)
+        report = Report("flush", machine_slug(machine), around, found)
+        path = report.write(results)  # after every case: they take minutes
     console.print(report.table())
     console.print(f"written to {path}")
     if as_json:

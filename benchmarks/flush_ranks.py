@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class Rank:
     """One rank's measurements."""
 
     def __init__(self, place: Place) -> None:
+        self._begun = time.perf_counter()
         self._case = place.case
         self._rank = place.rank
         self._socket = place.socket
@@ -86,22 +88,35 @@ class Rank:
 
     def measure(self) -> Found:
         """Everything that the case asks for."""
+        self._say("the model stands")
         self._measure_pinned()
         before = self._device_bytes()
         with Stage.open("policy", socket=self._socket, names=self._model.names, timeout_s=300.0) as stage:
             stage.declare(self._model.module)
+            self._say("declared")
             self._found.segment_bytes = stage._segment.size if self._rank == 0 and stage._segment else 0
             self._found.moments_bytes = _moments_bytes(stage)
             self._measure_versions(stage)
             self._found.device_bytes = self._device_peak() - before
+            self._say("versions are measured")
             self._check(stage)
+            self._say("what was staged is right")
             if self._case.steps and SHAPES[self._case.model].trains:
                 self._measure_steps(stage)
+        self._say("steps are measured")
         if self._case.gather:
             self._measure_gather()
         if self._case.checkpoint:
             self._measure_checkpoint()
+        self._say("done")
         return self._found
+
+    def _say(self, what: str) -> None:
+        """Tell how far it is: a case takes minutes."""
+        if self._rank == 0:
+            print(
+                f"{time.perf_counter() - self._begun:7.1f} s  {self._case.label}: {what}", file=sys.stderr, flush=True
+            )
 
     # Ceilings
 

@@ -89,6 +89,8 @@ def test_neither_put_nor_commit_nor_fence_waits_for_the_gpu(own_daemon: RunningD
     put_all(stage, 1, tensors)
     stage.commit().wait()  # scratch memory and kernels are there now
     old = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in weights(1).values():
+        tensor.zero_()  # CUDA loads a kernel when it is first called, and that waits for the GPU
     torch.cuda.synchronize()
     torch.cuda._sleep(LONG_CYCLES)
     asleep = torch.cuda.Event()
