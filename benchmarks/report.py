@@ -98,7 +98,7 @@ class Report:
         for row in self.rows:
             aim = "" if row.aim is None else f"{row.aim:.3g}"
             holds = {None: "", True: "[green]yes[/green]", False: "[red]no[/red]"}[row.holds]
-            found.add_row(row.figure, f"{row.value:.3g}", row.unit, *((aim, holds) if with_aims else ()))
+            found.add_row(row.figure, f"{row.value:.4g}", row.unit, *((aim, holds) if with_aims else ()))
         return found
 
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Annotated, Final
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import FailFast, Field, model_validator
 
 from stagingd import aliases, boxes, moments
@@ -127,6 +129,12 @@ class Catalog(Record):
         for owned in self.owned:
             grouped[owned.rank].append(owned)
         return dict(grouped)
+
+    @cached_property
+    def tensor_cells(self) -> npt.NDArray[np.int64]:
+        """Per owned box that has moments, the cell of the whole box; the grid ``tensor`` has to be kept."""
+        boxes = (owned for owned in self.owned if self.tensors[owned.tensor].has_moments)
+        return np.fromiter((self.first_cell(owned, Grid.TENSOR) for owned in boxes), np.int64)
 
     def tensor(self, name: str) -> StagedTensor:
         """The tensor of this name or alias; ``name`` of what is returned is never an alias.

@@ -9,22 +9,25 @@ import math
 import numpy as np
 
 from stagingd.boxes import Box
-from stagingd.moments import cells_of
+from stagingd.moments import Grid, cells_of
 from stagingd.segment import Segment
 
 
 def nonfinite_tensors(segment: Segment, slot: int) -> dict[str, int]:
     """The tensors of a slot that hold NaN or infinite values, with how many."""
     catalog, counts = segment.catalog, segment.moments(slot).nonfinite
-    if not np.any(counts):
+    # One cell per box says it, where whole tensors have cells: the others are a hundred times as many.
+    if not np.any(counts[catalog.tensor_cells] if Grid.TENSOR in catalog.grids else counts):
         return {}
-    grid, found = catalog.grids[0], dict[str, int]()
+    grid = Grid.TENSOR if Grid.TENSOR in catalog.grids else catalog.grids[0]
+    found = dict[str, int]()
     for owned in catalog.owned:
         tensor = catalog.tensors[owned.tensor]
         if not tensor.has_moments:
             continue
         cells: Box = cells_of(grid, tensor.shape, owned.box)
-        count = int(counts[owned.first_cell : owned.first_cell + math.prod(cells.lengths)].sum())
+        first = catalog.first_cell(owned, grid)
+        count = int(counts[first : first + math.prod(cells.lengths)].sum())
         if count:
             found[tensor.name] = found.get(tensor.name, 0) + count
     return found

@@ -79,8 +79,22 @@ class Holdings:
         for shard in shards if isinstance(shards, Sequence) else (shards,):
             self._dtypes[name] = _plain(shard).dtype
             part = held(name, shard)
-            if part is not None:
+            if part is None:
+                self._check_not_empty(name, shard)
+            else:
                 self._shards[name, part.box] = self._holding(len(self._shards), name, part)
+
+    def _check_not_empty(self, name: str, shard: torch.Tensor | LocalShard) -> None:
+        """That this rank holds none of a tensor is usual; that there is nothing to hold is a mistake."""
+        given = shard.global_shape if isinstance(shard, LocalShard) else None
+        shape = tuple(given if given is not None else _plain(shard).shape)
+        if 0 in shape:
+            raise WrongShape(
+                f"rank {self._rank} declares tensor {name!r} with shape {shape}, which has no elements",
+                remedy="leave empty tensors out of the declaration",
+                tensor=name,
+                rank=self._rank,
+            )
 
     def _holding(self, number: int, name: str, part: Held) -> Holding:
         values = part.values

@@ -1,0 +1,44 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Registering memory in chunks, with a runtime that does as it is told."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+import pytest
+from stagingd_client.pinning import SlowerPath, Span, register
+
+
+@dataclass
+class Runtime:
+    """Registers so many bytes, then refuses."""
+
+    limit: int
+    registered: dict[int, int] = field(default_factory=dict)
+
+    def register(self, address: int, size: int) -> str | None:
+        if sum(self.registered.values()) + size > self.limit:
+            return "cudaErrorMemoryAllocation"
+        self.registered[address] = size
+        return None
+
+    def unregister(self, address: int) -> None:
+        del self.registered[address]
+
+
+def test_memory_is_registered_in_chunks_that_together_are_all_of_it() -> None:
+    runtime = Runtime(limit=10_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts = register(Span(4096, 1000), runtime.register, runtime.unregister, chunk=300)
+    assert parts == [Span(4096, 300), Span(4396, 300), Span(4696, 300), Span(4996, 100)]
+    assert runtime.registered == {part.address: part.bytes for part in parts}
+
+
+def test_what_is_refused_is_given_back_whole_and_the_warning_says_what_to_change() -> None:
+    runtime = Runtime(limit=700)
+    with pytest.warns(SlowerPath, match=r"cudaErrorMemoryAllocation.*ulimit -l unlimited.*LimitMEMLOCK.*memlock=-1"):
+        assert register(Span(0, 1000), runtime.register, runtime.unregister, chunk=300) == []
+    assert runtime.registered == {}
