@@ -46,6 +46,8 @@ ASIDE_BYTES: Final = 16 * 2**20
 """What the kernel does not read (integers, odd views) is set aside in memory of its own, up to so many bytes."""
 PLANS_KEPT: Final = 64
 """Sets of shards that are put together; nearly always one."""
+CHANGE_S: Final = 60.0
+"""How long tables that are in use are waited for before they are changed, in seconds."""
 LOOK_S: Final = 0.0005
 """How often the committing thread looks whether the copies are done, in seconds."""
 
@@ -126,6 +128,7 @@ class DeviceFlusher:
         cells = torch.empty_like(self._halves[0].cells).view(STRIP_FIELDS, -1)
         for launch in {launch.kind: launch for _, launches in plan.chunks for launch in launches}.values():
             self._device.casting.run(lambda launch=launch: self._cast(launch, tables, memory, cells))  # type: ignore[misc]
+        self._copied = self._device.casting.mark()
 
     def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> Mark:
         """Queue the flush of shards.
@@ -218,7 +221,7 @@ class DeviceFlusher:
         self._provide_scratch(plan)
         addresses = torch.from_numpy(plan.addresses(shards))
         if not torch.equal(tables.host_jobs[:, 0], addresses):
-            self.wait_until_copied(time.monotonic() + 60.0)  # what is being uploaded must not change meanwhile
+            self.wait_until_copied(time.monotonic() + CHANGE_S)  # they may be on their way to the device
             tables.host_jobs[:, 0] = addresses
             self._device.casting.run(lambda: _start_copy(tables.jobs, tables.host_jobs))
         return plan, tables
@@ -252,10 +255,10 @@ class DeviceFlusher:
         need = STRIP_FIELDS * field_stride(plan.cells)
         if self._halves and self._halves[0].cells.nbytes >= need:
             return
+        self.wait_until_copied(time.monotonic() + CHANGE_S)  # what is given back may else be written anew too early
         memory = [half.memory for half in self._halves] or [self._device.memory(self._limit) for _ in range(2)]
-        marks = [half.copied for half in self._halves] or [(), ()]
         cells = [self._device.memory(need).view(torch.float32) for _ in range(2)]
-        self._halves = [_Half(*one) for one in zip(memory, cells, marks, strict=True)]
+        self._halves = [_Half(*one) for one in zip(memory, cells, strict=True)]
 
     # The end of a version
 
@@ -288,8 +291,8 @@ class DeviceFlusher:
 
     def abandon(self, deadline: float) -> None:
         """Wait until nothing is on its way to the slot any more. Raises DeadlineExceeded."""
-        self.wait_until_copied(deadline)
         self._unfinished.clear()
+        self.wait_until_copied(deadline)
 
 
 def _cast_aside(aside: _Aside, shard: torch.Tensor) -> None:

@@ -352,9 +352,12 @@ class Stage:
         self._background.submit(self._give_up, publication, reason).result(3 * (self.timeout_s + ANSWER_S))
 
     def _give_up(self, publication: Publication, reason: str) -> None:
-        self._send_abort(publication.version, reason)
-        self._ready().flushers.abandon(self.timeout_s)
-        publication._kept.clear()
+        try:
+            # Nothing of it may still be on its way when the slot becomes another version's.
+            self._ready().flushers.abandon(self.timeout_s)
+        finally:
+            publication._kept.clear()
+            self._send_abort(publication.version, reason)
 
     def _send_abort(self, version: int, reason: str) -> None:
         request = wire.Abort(stage=self.name, rank=self.rank, version=version, reason=reason[:2000])
@@ -413,8 +416,9 @@ class Stage:
         self._background.shutdown(wait=True)
         self._connection.close()
         if self._flushers is not None:
-            self._flushers.close()
-            self._flushers = None
+            flushing, self._flushers = self._flushers, None
+            flushing.abandon(self.timeout_s)  # of a version that was begun and never committed
+            flushing.close()
         if self._segment is not None:
             self._segment.close()
 
