@@ -180,30 +180,36 @@ def _shown(report: wire.StatusReport, hook: Asked) -> bool:
 def _set_copied(doom: Doom, hook: Copied) -> None:
     """The copies of version 2 by trainer rank 1."""
     doomed: set[str] = set()
+    """Threads that flush that version, while they write that tensor."""
+    flushing: set[str] = set()
 
-    def copying(copy: Function) -> Function:
-        def wrapped(self: Stage, publication: Any, name: str, part: Any) -> None:
-            if publication.version == 2 and self.rank == 1 and name == hook.tensor:
-                doomed.add(threading.current_thread().name)
-            copy(self, publication, name, part)
+    def flushes(flush_batch: Function) -> Function:
+        def wrapped(self: Stage, publication: Any, *args: Any) -> Any:
+            if publication.version == 2 and self.rank == 1:
+                flushing.add(threading.current_thread().name)
+            return flush_batch(self, publication, *args)
 
         return wrapped
 
     def writing(write: Function) -> Function:
-        def wrapped(self: Flusher, *args: Any) -> None:
-            here = threading.current_thread().name in doomed
+        def wrapped(self: Flusher, slot: int, owned: Any, values: Any) -> None:
+            name = threading.current_thread().name
+            here = name in flushing and self._catalog.tensors[owned.tensor].name == hook.tensor
             if here and doom.point.moment is Moment.BEFORE:
                 doom.strike()
-            write(self, *args)
+            if here:
+                doomed.add(name)
+            write(self, slot, owned, values)
+            doomed.discard(name)
             if here:
                 doom.strike()
 
         return wrapped
 
-    def cutting(pieces: Function) -> Function:
+    def cutting(parts: Function) -> Function:
         def wrapped(box: Any, item_bytes: int) -> Any:
             if threading.current_thread().name not in doomed or doom.point.moment is not Moment.DURING or hook.moments:
-                yield from pieces(box, item_bytes)
+                yield from parts(box, item_bytes)
                 return
             half = box.lengths[0] // 2
             yield (slice(0, half),)
@@ -220,10 +226,10 @@ def _set_copied(doom: Doom, hook: Copied) -> None:
 
         return wrapped
 
-    doom.wrap(Stage, "_copy", copying)
+    doom.wrap(Stage, "_flush_batch", flushes)
     doom.wrap(Flusher, "write", writing)
     doom.wrap(Flusher, "_store_moments", storing)
-    doom.wrap(flush, "_pieces", cutting)
+    doom.wrap(flush, "_parts", cutting)
 
 
 def _set_reconnected(doom: Doom) -> None:
