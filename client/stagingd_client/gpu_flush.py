@@ -13,6 +13,9 @@ the moments beside it.
 
 Every arrow between two lines is a mark that the later queue waits for. The host queues all of it and waits for
 nothing, but the thread that commits the version: it looks whether ``done`` is reached.
+
+A trainer that is killed takes its device context, and with it all copies, to its end before its pidfd tells the
+daemon; so nothing is written to a slot that has been given to somebody else.
 """
 
 from __future__ import annotations
