@@ -7,8 +7,11 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/stagingd demo
 
+# Deaths are mostly waited for, so they go beside the rest.
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest tests/test_crashes.py > .crashes.log 2>&1 & crashes=$$!; \
+	$(BIN)/pytest --ignore=tests/test_crashes.py; rest=$$?; \
+	wait $$crashes; deaths=$$?; cat .crashes.log; exit $$((rest + deaths))
 
 lint: .venv/installed
 	$(BIN)/ruff format --check
@@ -24,7 +27,7 @@ bench: .venv/installed
 # Every package is named with its version in requirements/cpu.txt, so nothing is resolved anew.
 .venv/installed: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --requirement requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-compile --no-deps --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch .venv/installed
 

@@ -86,6 +86,7 @@ def flush(
     ranks: Annotated[int | None, typer.Option(min=1, help="Trainer ranks. [default: one per GPU]")] = None,
     versions: Annotated[int, typer.Option(min=1, help="Timed versions.")] = 7,
     steps: Annotated[int, typer.Option(min=0, help="Timed steps of training, where the model trains.")] = 6,
+    rounds: Annotated[int, typer.Option(min=1, help="How often steps without and with publishing take turns.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a microbatch.")] = 4096,
     gather: Annotated[bool, typer.Option(help="Time gathering full tensors too.")] = True,
     checkpoint: Annotated[bool, typer.Option(help="Time torch's checkpoint staging too, where it fits.")] = True,
@@ -103,7 +104,9 @@ def flush(
     found = []
     for name in models:
         label = f"{name}, {count} {'GPU' if device == 'cuda' else 'CPU rank'}{'s' if count > 1 else ''}"
-        case = Case(label, name, count, device, versions, tokens, steps, checkpoint and SHAPES[name].trains, gather)
+        case = Case(
+            label, name, count, device, versions, tokens, steps, rounds, checkpoint and SHAPES[name].trains, gather
+        )
         measured = measure(case)
         found += rows(case, measured)
         for note in {note for rank in measured for note in rank.notes}:

@@ -24,7 +24,8 @@ class Case:
         device: "cuda" or "cpu".
         versions: timed versions.
         step_tokens: tokens of a microbatch.
-        steps: timed steps, with publishing and as many without; 0 for none.
+        steps: timed steps of a round, with publishing and as many without; 0 for none.
+        rounds: how often steps without and with publishing take turns.
         checkpoint: whether torch's asynchronous checkpoint staging is timed too.
         gather: whether gathering full tensors is timed too.
     """
@@ -36,6 +37,7 @@ class Case:
     versions: int = 7
     step_tokens: int = 4096
     steps: int = 8
+    rounds: int = 3
     checkpoint: bool = True
     gather: bool = True
 

@@ -32,8 +32,6 @@ WARM_UP = 2
 """Versions before the timed ones: the two slots' first."""
 PINNED_BYTES = 2 * 2**30
 PINNED_REPETITIONS = 7
-STEP_ROUNDS = 3
-"""How often steps without and with publishing take turns."""
 FLUSHES_PER_STEP = 4
 REPETITIONS = 3
 """Of the blocking alternatives."""
@@ -202,7 +200,7 @@ class Rank:
         microbatches = self._microbatches(optimizer)
         self._steps(optimizer, microbatches, 2, stage)
         self._found.published.clear()
-        for _ in range(STEP_ROUNDS):
+        for _ in range(self._case.rounds):
             self._found.plain_steps += self._steps(optimizer, microbatches, self._case.steps, None)
             fences.clear()
             self._found.staged_steps += self._steps(optimizer, microbatches, self._case.steps, stage)

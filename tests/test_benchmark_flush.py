@@ -37,7 +37,21 @@ OF_STEPS = {
 
 
 def test_two_cpu_ranks_flush_train_and_gather_a_debug_model(tmp_path: Path) -> None:
-    options = ["--ranks", "2", "--versions", "1", "--steps", "1", "--tokens", "16", "--model", "debug", "--json"]
+    options = [
+        "--ranks",
+        "2",
+        "--versions",
+        "1",
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--tokens",
+        "16",
+        "--model",
+        "debug",
+        "--json",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.flush", *options, "--results", str(tmp_path), "--machine", "A Test!"],
         cwd=ROOT,
