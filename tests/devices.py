@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from stagingd_client.chunks import Copy
+from stagingd_client.copies import Copy
 from stagingd_client.moments import shard_moments
-from stagingd_client.strips import Job, Kind
+from stagingd_client.strips import Job, Work
 
 from stagingd.boxes import Box
 from stagingd.moments import BLOCK, Grid
@@ -131,56 +131,28 @@ class LazyDevice:
         while any(queue.ready for queue in self.queues):
             self.work()
 
-    def cast(
-        self,
-        jobs: torch.Tensor,
-        strips: torch.Tensor,
-        first_strip: int,
-        count: int,
-        scratch: torch.Tensor,
-        cells: torch.Tensor,
-        partials: torch.Tensor,
-        *,
-        kind: Kind,
-        with_rows: bool,
-        with_blocks: bool,
-    ) -> None:
-        cast_in_torch(
-            jobs, strips, first_strip, count, scratch, cells, partials,
-            kind=kind, with_rows=with_rows, with_blocks=with_blocks,
-        )  # fmt: skip
+    def cast(self, work: Work) -> None:
+        cast_in_torch(work)
 
 
-def cast_in_torch(
-    jobs: torch.Tensor,
-    strips: torch.Tensor,
-    first_strip: int,
-    count: int,
-    scratch: torch.Tensor,
-    cells: torch.Tensor,
-    partials: torch.Tensor,
-    *,
-    kind: Kind,
-    with_rows: bool,
-    with_blocks: bool,
-) -> None:
+def cast_in_torch(work: Work) -> None:
     """The reference of the kernel: reads the same tables, computes by ``stagingd_client.moments``."""
-    for strip in range(first_strip, first_strip + count):
-        number, block_row = strips[strip].tolist()
-        job = {column: int(jobs[number, column]) for column in Job}
+    for strip in range(work.first_strip, work.first_strip + work.count):
+        number, block_row = work.strips[strip].tolist()
+        job = {column: int(work.jobs[number, column]) for column in Job}
         first = max(0, block_row * BLOCK - job[Job.ROWS_LEFT])
         end = min(job[Job.ROWS], (block_row + 1) * BLOCK - job[Job.ROWS_LEFT])
-        staged = _rows(job, first, end, kind.source).to(kind.staged)
+        staged = _rows(job, first, end, work.kind.source).to(work.kind.staged)
         target = job[Job.TARGET] + first * job[Job.COLUMNS]
-        scratch[target : target + staged.numel()] = staged.reshape(-1)
+        work.scratch[target : target + staged.numel()] = staged.reshape(-1)
         box = Box((job[Job.ROWS_LEFT] + first, job[Job.COLUMNS_LEFT]), tuple(staged.shape))
         found = shard_moments(staged, box, list(Grid))
-        places = {Grid.TENSOR: (partials, strip)}
-        if with_rows:
-            places[Grid.ROW] = cells, job[Job.ROW_CELL] + first
-        if with_blocks:
+        places = {Grid.TENSOR: (work.partials, strip)}
+        if work.with_rows:
+            places[Grid.ROW] = work.cells, job[Job.ROW_CELL] + first
+        if work.with_blocks:
             blocks = -(-(job[Job.COLUMNS_LEFT] + job[Job.COLUMNS]) // BLOCK)
-            places[Grid.BLOCK] = cells, job[Job.BLOCK_CELL] + block_row * blocks
+            places[Grid.BLOCK] = work.cells, job[Job.BLOCK_CELL] + block_row * blocks
         for grid, (table, at) in places.items():
             moments = found[grid]
             here = slice(at, at + moments.count.numel())

@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagingd_client.chunks import Copy, Piece, chunks, coalesced, matrices, split
+from stagingd_client.chunks import Piece, chunks, matrices
+from stagingd_client.copies import Copy, coalesced, split
 from stagingd_client.layout import Layout, rows_and_columns
 from stagingd_client.naming import NamedShard
 from stagingd_client.placement import Held

@@ -15,7 +15,7 @@ from stagingd_client import LocalShard, flush_plan
 from stagingd_client.flush_plan import Plan
 from stagingd_client.holdings import Holdings
 from stagingd_client.naming import SameNames
-from stagingd_client.strips import STRIP_FIELDS
+from stagingd_client.strips import STRIP_FIELDS, Work
 
 from stagingd.boxes import Box
 from stagingd.catalog import TensorDeclaration, build
@@ -59,7 +59,7 @@ def rest_of(shape: Sequence[int], box: Box) -> list[Box]:
     return subtract(whole(shape), box)
 
 
-def run(cast: Callable[..., None], plan: Plan, given: torch.Tensor, on: str) -> list[Found]:
+def run(cast: Callable[[Work], None], plan: Plan, given: torch.Tensor, on: str) -> list[Found]:
     """What the kernel leaves behind, chunk by chunk: the packed values, the cells and the strips' moments."""
     jobs = torch.from_numpy(plan.jobs.copy())
     address = torch.tensor([given.data_ptr()]).numpy()
@@ -72,10 +72,8 @@ def run(cast: Callable[..., None], plan: Plan, given: torch.Tensor, on: str) -> 
         cells = torch.full((STRIP_FIELDS, stride), 9.0, device=on)
         partials = torch.zeros(STRIP_FIELDS, len(strips), device=on)
         for launch in launches:
-            cast(
-                jobs, strips, launch.first_strip, launch.count, scratch, cells, partials,
-                kind=launch.kind, with_rows=True, with_blocks=True,
-            )  # fmt: skip
+            count = launch.count
+            cast(Work(jobs, strips, launch.first_strip, count, scratch, cells, partials, launch.kind, True, True))
         found.append((scratch.cpu(), cells.cpu(), partials.cpu()))
     return found
 

@@ -19,9 +19,9 @@ from cuda.bindings import runtime
 from stagingd.errors import StagingError
 from stagingd.segment import Segment
 from stagingd_client import gpu_moments, pinning
-from stagingd_client.chunks import Copy, split
+from stagingd_client.copies import Copy, split
 from stagingd_client.queues import Mark
-from stagingd_client.strips import Kind
+from stagingd_client.strips import Work
 
 _TO_HOST: Final = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
@@ -145,23 +145,9 @@ class CudaDevice:
         """Page-locked."""
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
 
-    def cast(
-        self,
-        jobs: torch.Tensor,
-        strips: torch.Tensor,
-        first_strip: int,
-        count: int,
-        scratch: torch.Tensor,
-        cells: torch.Tensor,
-        partials: torch.Tensor,
-        *,
-        kind: Kind,
-        with_rows: bool,
-        with_blocks: bool,
-    ) -> None:
+    def cast(self, work: Work) -> None:
         """By the Triton kernel."""
-        places = jobs, strips, first_strip, count, scratch, cells, partials
-        gpu_moments.cast_strips(*places, kind=kind, with_rows=with_rows, with_blocks=with_blocks)
+        gpu_moments.cast_strips(work)
 
 
 def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Callable[[], None]]:

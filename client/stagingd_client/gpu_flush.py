@@ -40,7 +40,7 @@ from stagingd_client.flush import Flusher
 from stagingd_client.flush_plan import Launch, Plan
 from stagingd_client.holdings import Put
 from stagingd_client.queues import Device, Mark
-from stagingd_client.strips import STRIP_FIELDS
+from stagingd_client.strips import STRIP_FIELDS, Work
 
 SCRATCH_BYTES: Final = 96 * 2**20
 """One half of the scratch memory: few chunks keep the host's part small, and both halves stay below 256 MiB."""
@@ -182,16 +182,18 @@ class DeviceFlusher:
 
     def _cast(self, launch: Launch, tables: _Tables, memory: torch.Tensor, cells: torch.Tensor) -> None:
         self._device.cast(
-            tables.jobs,
-            tables.strips,
-            launch.first_strip,
-            launch.count,
-            memory.view(launch.kind.staged),
-            cells,
-            tables.partials,
-            kind=launch.kind,
-            with_rows=Grid.ROW in self._catalog.grids,
-            with_blocks=Grid.BLOCK in self._catalog.grids,
+            Work(
+                jobs=tables.jobs,
+                strips=tables.strips,
+                first_strip=launch.first_strip,
+                count=launch.count,
+                scratch=memory.view(launch.kind.staged),
+                cells=cells,
+                partials=tables.partials,
+                kind=launch.kind,
+                with_rows=Grid.ROW in self._catalog.grids,
+                with_blocks=Grid.BLOCK in self._catalog.grids,
+            )
         )
 
     def _set_aside(self, tables: _Tables, puts: Sequence[Put]) -> None:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from stagingd.moments import BLOCK
 from stagingd_client.strip_kernel import strips_kernel
-from stagingd_client.strips import JOB_COLUMNS, Kind
+from stagingd_client.strips import JOB_COLUMNS, Work
 
 WARPS: Final = 16
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
@@ -29,35 +29,24 @@ _POINTED: Final = {
 }
 
 
-def cast_strips(
-    jobs: torch.Tensor,
-    strips: torch.Tensor,
-    first_strip: int,
-    count: int,
-    scratch: torch.Tensor,
-    cells: torch.Tensor,
-    partials: torch.Tensor,
-    *,
-    kind: Kind,
-    with_rows: bool,
-    with_blocks: bool,
-) -> None:
-    """Cast, pack and take moments, on the current stream; ``stagingd_client.queues.Device.cast`` says of what."""
-    strips_kernel[(count,)](
-        jobs,
-        strips,
-        first_strip,
-        scratch,
-        cells,
-        cells.stride(0),
-        partials,
-        partials.stride(0),
+def cast_strips(work: Work) -> None:
+    """Cast, pack and take moments, on the current stream."""
+    kind = work.kind
+    strips_kernel[(work.count,)](
+        work.jobs,
+        work.strips,
+        work.first_strip,
+        work.scratch,
+        work.cells,
+        work.cells.stride(0),
+        work.partials,
+        work.partials.stride(0),
         SOURCE=_POINTED[kind.source],
         DENSE=kind.dense,
         ALIGNED=kind.aligned,
         FULL=kind.full,
-        WITH_ROWS=with_rows,
-        WITH_BLOCKS=with_blocks,
+        WITH_ROWS=work.with_rows,
+        WITH_BLOCKS=work.with_blocks,
         EDGE=BLOCK,
         JOB_COLUMNS=JOB_COLUMNS,
         BY_HAND=INTERPRETED,

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import torch
 
-from stagingd_client.chunks import Copy
-from stagingd_client.strips import Kind
+from stagingd_client.copies import Copy
+from stagingd_client.strips import Work
 
 
 class Mark(Protocol):
@@ -74,29 +74,5 @@ class Device(Protocol):
     def host_memory(self, like: torch.Tensor) -> torch.Tensor:
         """Host memory that copies to and from the device do not wait for, of a tensor's shape and dtype."""
 
-    def cast(
-        self,
-        jobs: torch.Tensor,
-        strips: torch.Tensor,
-        first_strip: int,
-        count: int,
-        scratch: torch.Tensor,
-        cells: torch.Tensor,
-        partials: torch.Tensor,
-        *,
-        kind: Kind,
-        with_rows: bool,
-        with_blocks: bool,
-    ) -> None:
-        """Cast, pack and take moments, on the current queue.
-
-        Args:
-            jobs: the job table, (jobs, JOB_COLUMNS) int64.
-            strips: (strips, 2) int32: a job, and which of its strips.
-            first_strip, count: which strips; all of one kind.
-            scratch: where the packed values go; its dtype is the staged one.
-            cells: (STRIP_FIELDS, …) float32: the moments of rows and blocks; the last field holds int32.
-            partials: (STRIP_FIELDS, strips) float32: the moments of each strip, of which the tensor's are pooled.
-            kind: what the strips have in common.
-            with_rows, with_blocks: whether the moments of these grids are wanted.
-        """
+    def cast(self, work: Work) -> None:
+        """Cast, pack and take moments, on the current queue."""

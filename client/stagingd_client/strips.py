@@ -57,6 +57,33 @@ SOURCES: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @dataclass(frozen=True)
+class Work:
+    """What the kernel does at once.
+
+    Attributes:
+        jobs: the job table, (jobs, JOB_COLUMNS) int64.
+        strips: (strips, 2) int32: a job, and which of its strips.
+        first_strip, count: which strips; all of one kind.
+        scratch: where the packed values go; its dtype is the staged one.
+        cells: (STRIP_FIELDS, cells) float32: the moments of rows and blocks; the last field holds int32.
+        partials: (STRIP_FIELDS, strips) float32: the moments of each strip, of which the tensor's are pooled.
+        kind: what the strips have in common.
+        with_rows, with_blocks: whether the moments of these grids are wanted.
+    """
+
+    jobs: torch.Tensor
+    strips: torch.Tensor
+    first_strip: int
+    count: int
+    scratch: torch.Tensor
+    cells: torch.Tensor
+    partials: torch.Tensor
+    kind: Kind
+    with_rows: bool
+    with_blocks: bool
+
+
+@dataclass(frozen=True)
 class Kind:
     """What the kernel is compiled for.
 
