@@ -114,7 +114,8 @@ def _finite(seen):
     return kept, _magnitude(kept), (~finite).to(tl.float32)
 
 
-@triton.jit
+# Numbers that differ from launch to launch: to compile for each that is a multiple of 16 would be waited for.
+@triton.jit(do_not_specialize=["first_strip", "field_stride", "partials_stride"])
 def strips_kernel(
     jobs,
     strips,
