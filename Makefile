@@ -27,7 +27,7 @@ bench: .venv/installed
 # Every package is named with its version in requirements/cpu.txt, so nothing is resolved anew.
 .venv/installed: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --no-deps --requirement requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch .venv/installed
 
