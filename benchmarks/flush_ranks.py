@@ -22,7 +22,7 @@ from stagingd_vllm import Reader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from benchmarks.flush_case import Case, Found
+from benchmarks.flush_case import FLUSHES_PER_STEP, Case, Found
 from benchmarks.flush_model import SHAPES, Sharded, build
 from stagingd.boxes import Box
 from stagingd.moments import FIELD_BYTES, FIELDS, Grid, cells_of
@@ -32,7 +32,6 @@ WARM_UP = 2
 """Versions before the timed ones: the two slots' first."""
 PINNED_BYTES = 2 * 2**30
 PINNED_REPETITIONS = 7
-FLUSHES_PER_STEP = 4
 REPETITIONS = 3
 """Of the blocking alternatives."""
 
@@ -177,7 +176,6 @@ class Rank:
                     staged = lease.read(named.name, named.part.box).to(wanted.device)
                     if not torch.equal(staged, wanted):
                         raise RuntimeError(f"tensor {named.name} is not staged as it was put")
-                del part
             amax = max(
                 float(lease.moments(tensor.name, Grid.TENSOR).amax.max()) for tensor in stage.catalog.tensors[:3]
             )
@@ -219,13 +217,12 @@ class Rank:
         self, optimizer: torch.optim.Optimizer, microbatches: int, count: int, stage: Stage | None
     ) -> list[float]:
         """Seconds of one step: the mean of several that follow each other, since they overlap."""
-        length = min(self._case.step_tokens, 4096)
         self._synchronize()
         dist.barrier()
         begin = time.perf_counter()
         for _ in range(count):
             for _ in range(microbatches):
-                tokens = torch.randint(0, self._model.vocabulary, (1, length), device=self._device)
+                tokens = torch.randint(0, self._model.vocabulary, (1, self._case.step_tokens), device=self._device)
                 logits = self._model.module(tokens)
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten()).backward()
             optimizer.step()

@@ -65,6 +65,12 @@ class WrongShape(StagingError):
     code = "wrong_shape"
 
 
+class DeviceUnusable(StagingError):
+    """Shards cannot be flushed from a device."""
+
+    code = "device_unusable"
+
+
 class BoxOutside(StagingError):
     """A box does not lie inside its tensor."""
 

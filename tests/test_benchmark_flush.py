@@ -32,6 +32,7 @@ OF_STEPS = {
     "step that publishes",
     "flushes that a step takes",
     "slowdown of steps",
+    "slowdown, if a step took four flushes",
     "host blocked by publish and fence in a step, p50",
 }
 

@@ -10,6 +10,7 @@ the shards' addresses.
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -19,6 +20,7 @@ from stagingd.catalog import ALIGNMENT, Catalog, OwnedBox
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.moments import BLOCK, FIELD_BYTES, FIELDS, Grid, field_stride
 from stagingd_client.copies import Copy, coalesced
+from stagingd_client.holdings import Put
 from stagingd_client.layout import Layout, Rows, rows_and_columns
 
 HOLE: Final = 1
@@ -291,19 +293,22 @@ def _first(matrix: Matrix, local: Mapping[tuple[int, int], int]) -> tuple[int, i
     return place(matrix.row_cell), place(matrix.block_cell)
 
 
-def pieces(
-    owned: Sequence[OwnedBox], layouts: Mapping[str, Sequence[tuple[int, Layout]]], catalog: Catalog
-) -> list[Piece]:
+def pieces(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: Catalog) -> list[Piece]:
     """Find for every box that a rank owns the shard that it is part of, in the order of their places in the slot.
 
     Args:
-        owned: the rank's boxes.
-        layouts: by the stage's tensor, the shards that hold parts of it: number and layout.
+        puts: the shards.
+        owned: by the stage's tensor, the rank's boxes.
         catalog: the stage's.
     """
+    layouts: dict[str, list[tuple[int, Layout]]] = defaultdict(list)
+    for number, put in enumerate(puts):
+        for layout in put.holding.layouts:
+            layouts[layout.name].append((number, layout))
+    boxes = [box for name in layouts for box in owned.get(name, ())]
     found = []
-    for box in sorted(owned, key=lambda one: (one.tensor, one.box)):
-        for source, layout in layouts.get(catalog.tensors[box.tensor].name, ()):
+    for box in sorted(boxes, key=lambda one: (one.tensor, one.box)):
+        for source, layout in layouts[catalog.tensors[box.tensor].name]:
             if intersect(box.box, layout.box) == box.box:
                 found.append(Piece(box, source, layout))
                 break

@@ -173,7 +173,10 @@ def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Cal
 
 def _register(address: int, size: int) -> str | None:
     (status,) = runtime.cudaHostRegister(address, size, runtime.cudaHostRegisterPortable)
-    return None if status == runtime.cudaError_t.cudaSuccess else str(status.name)
+    if status == runtime.cudaError_t.cudaSuccess:
+        return None
+    runtime.cudaGetLastError()  # forgets it: else torch would take it for the failure of its next kernel
+    return str(status.name)
 
 
 def _unregister(address: int) -> None:

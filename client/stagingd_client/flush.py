@@ -14,7 +14,6 @@ from stagingd.segment import Segment
 from stagingd_client import chunks
 from stagingd_client.chunks import Piece
 from stagingd_client.holdings import Put
-from stagingd_client.layout import Layout
 from stagingd_client.moments import CellMoments, shard_moments
 
 PIECE_BYTES = 8 * 2**20
@@ -39,12 +38,7 @@ class Flusher:
 
     def flush(self, slot: int, puts: Sequence[Put]) -> None:
         """Stage all owned boxes of shards; returns when they have been read."""
-        layouts: dict[str, list[tuple[int, Layout]]] = {}
-        for number, put in enumerate(puts):
-            for layout in put.holding.layouts:
-                layouts.setdefault(layout.name, []).append((number, layout))
-        boxes = [box for name in layouts for box in self._owned.get(name, ())]
-        for piece in chunks.pieces(boxes, layouts, self._catalog):
+        for piece in chunks.pieces(puts, self._owned, self._catalog):
             self.write_piece(slot, piece, puts[piece.source].shard)
 
     def write_piece(self, slot: int, piece: Piece, shard: torch.Tensor) -> None:

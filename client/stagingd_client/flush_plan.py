@@ -22,7 +22,6 @@ from stagingd.moments import BLOCK, Grid, StoredMoments
 from stagingd_client import chunks
 from stagingd_client.chunks import Chunk, Matrix, Piece
 from stagingd_client.holdings import Put
-from stagingd_client.layout import Layout
 from stagingd_client.strips import JOB_COLUMNS, SOURCES, Job, Kind
 
 VECTOR_BYTES: Final = 16
@@ -115,11 +114,10 @@ def make(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: 
         catalog: the stage's.
         limit: bytes of scratch memory for a chunk.
     """
-    found = _pieces(puts, owned, catalog)
     read: list[Matrix] = []
     taken: list[Piece] = []
     unread = []
-    for piece in found:
+    for piece in chunks.pieces(puts, owned, catalog):
         made = _readable(len(taken), piece, puts, catalog, limit)
         if made is None:
             unread.append(piece)
@@ -132,15 +130,6 @@ def make(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: 
     kept = Grid.TENSOR in catalog.grids
     cells = [catalog.first_cell(piece.owned, Grid.TENSOR) for piece in taken] if kept else []
     return tables.plan(cut, tuple(taken), np.asarray(cells, np.int64), tuple(unread))
-
-
-def _pieces(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: Catalog) -> list[Piece]:
-    layouts: dict[str, list[tuple[int, Layout]]] = {}
-    for number, put in enumerate(puts):
-        for layout in put.holding.layouts:
-            layouts.setdefault(layout.name, []).append((number, layout))
-    boxes = [box for name in layouts for box in owned.get(name, ())]
-    return chunks.pieces(boxes, layouts, catalog)
 
 
 def _readable(number: int, piece: Piece, puts: Sequence[Put], catalog: Catalog, limit: int) -> list[Matrix] | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from stagingd.catalog import OwnedBox
-from stagingd.errors import WrongShape
+from stagingd.errors import DeviceUnusable
 from stagingd.segment import Segment
 from stagingd_client.flush import Flusher
 from stagingd_client.gpu_flush import DeviceFlusher
@@ -120,13 +120,18 @@ def open_device(device: torch.device, segment: Segment) -> Opened:
     """Open a CUDA device, and register the stage's memory with it.
 
     Raises:
-        WrongShape: the device is of a kind that shards cannot be flushed from.
+        DeviceUnusable: shards cannot be flushed from it, or what that takes is not installed.
     """
     if device.type != "cuda":
-        raise WrongShape(
+        raise DeviceUnusable(
             f"shards on {device} cannot be staged",
             remedy="put tensors in host memory or on a CUDA device",
         )
-    from stagingd_client import cuda_device  # noqa: PLC0415 - CPU trainers have no CUDA bindings
-
+    try:
+        from stagingd_client import cuda_device  # noqa: PLC0415 - CPU trainers have no CUDA bindings
+    except ImportError as missing:
+        raise DeviceUnusable(
+            f"shards on {device} cannot be staged: {missing}",
+            remedy="install triton and cuda-bindings, which torch's CUDA builds bring along",
+        ) from missing
     return cuda_device.open_device(device, segment)

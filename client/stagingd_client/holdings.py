@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -147,8 +147,7 @@ class Holdings:
         if holding is None or part.global_shape != holding.shape:
             raise self._not_declared(name, part)
         if part.values.stride() != holding.strides:
-            changed = self._holding(holding.number, name, part)
-            holding = self._shards[name, part.box] = replace(changed, number=holding.number)
+            holding = self._shards[name, part.box] = self._holding(holding.number, name, part)
         if isinstance(shard, torch.Tensor):
             self._recent[name] = weakref.ref(shard), holding
         return Put(holding, part.values)

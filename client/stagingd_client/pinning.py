@@ -16,8 +16,6 @@ from typing import Final
 CHUNK_BYTES: Final = 32 * 2**30
 """One registration; those of 512 GiB and more fail."""
 
-PAGE: Final = 4096
-
 Register = Callable[[int, int], str | None]
 """Registers (address, bytes); returns the runtime's name for what went wrong, None when nothing did."""
 
