@@ -88,7 +88,7 @@ def _memmove(copy: Copy, slot: int, scratch: int) -> None:
 
 
 class LazyDevice:
-    """Four queues.
+    """Three queues.
 
     Args:
         order: decides which queue goes on.
@@ -97,8 +97,7 @@ class LazyDevice:
     """
 
     def __init__(self, order: random.Random, hurry: str | None = None, linger: str | None = None) -> None:
-        names = "trainer", "casting", "copying", "beside"
-        self.trainer, self.casting, self.copying, self.beside = self.queues = [LazyQueue(self, n) for n in names]
+        self.trainer, self.casting, self.copying = (LazyQueue(self, n) for n in ("trainer", "casting", "copying"))
         self._order = order
         self._hurry, self._linger = hurry, linger
         self.memory_bytes = 0
@@ -119,7 +118,7 @@ class LazyDevice:
     def work(self, steps: int = 1) -> None:
         """Do a few operations."""
         for _ in range(steps):
-            ready = [queue for queue in self.queues if queue.ready]
+            ready = [queue for queue in (self.trainer, self.casting, self.copying) if queue.ready]
             if not ready:
                 return
             hurried = [queue for queue in ready if queue.name == self._hurry]
@@ -128,7 +127,7 @@ class LazyDevice:
 
     def finish(self) -> None:
         """Do everything that can be done."""
-        while any(queue.ready for queue in self.queues):
+        while any(queue.ready for queue in (self.trainer, self.casting, self.copying)):
             self.work()
 
     def cast(self, work: Work) -> None:

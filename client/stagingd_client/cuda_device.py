@@ -109,7 +109,6 @@ class CudaDevice:
         self._stream = torch.cuda.Stream(device)
         self._casting = CudaQueue(self._stream)
         self._copying = CudaQueue(torch.cuda.Stream(device), seams)
-        self._beside = CudaQueue(torch.cuda.Stream(device), seams)
 
     @property
     def casting(self) -> CudaQueue:
@@ -120,11 +119,6 @@ class CudaDevice:
     def copying(self) -> CudaQueue:
         """Another."""
         return self._copying
-
-    @property
-    def beside(self) -> CudaQueue:
-        """A third: a copy of a few kilobytes takes as long to start as a megabyte to cross."""
-        return self._beside
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -58,10 +58,6 @@ class Device(Protocol):
     def copying(self) -> Queue:
         """The queue of copies."""
 
-    @property
-    def beside(self) -> Queue:
-        """A second queue of copies: small ones, which else would come between the large ones."""
-
     def at_work(self) -> AbstractContextManager[None]:
         """While it is open, queueing what the casting queue does costs least."""
 
