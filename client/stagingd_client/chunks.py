@@ -13,7 +13,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 from stagingd.boxes import Box, Shape, intersect, relative
 from stagingd.catalog import ALIGNMENT, Catalog, OwnedBox
@@ -22,9 +21,6 @@ from stagingd.moments import BLOCK, FIELD_BYTES, FIELDS, Grid, field_stride
 from stagingd_client.copies import Copy, coalesced
 from stagingd_client.holdings import Put
 from stagingd_client.layout import Layout, Rows, rows_and_columns
-
-HOLE: Final = 1
-"""Cells that a copy may pass over: a tensor's own cell, which is written last."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,7 @@ class Matrix:
         item: bytes of a staged element.
         target: where in the slot it begins, in bytes.
         pitch: from one row to the next in the slot, in bytes.
+        tensor_end: where in the slot its tensor ends, in bytes; up to the next tensor's place it is padding.
         rows_left, columns_left: how much of the first block lies before it.
         row_cell, block_cell: its first cells, counted over the slot; None where that grid is not kept.
     """
@@ -72,6 +69,7 @@ class Matrix:
     item: int
     target: int
     pitch: int
+    tensor_end: int
     rows_left: int
     columns_left: int
     row_cell: int | None
@@ -91,6 +89,11 @@ class Matrix:
     def strip_bytes(self) -> int:
         """Scratch memory that its largest strip needs."""
         return min(BLOCK, self.rows) * self.columns * self.item
+
+    def padding_behind(self, length: int) -> int:
+        """Bytes that belong to nobody behind its first ``length`` ones; what other ranks hold is no padding."""
+        end = self.target + length
+        return -end % ALIGNMENT if end == self.tensor_end else 0
 
     def rows_from(self, first: int, count: int) -> Matrix:
         """Some of its rows; ``first`` is 0 or at the beginning of a block."""
@@ -140,6 +143,7 @@ def matrices(number: int, piece: Piece, catalog: Catalog) -> list[Matrix] | None
                 item=item,
                 target=tensor.offset + _position((*slot, *box.offsets[-2:]), shape) * item,
                 pitch=shape[-1] * item,
+                tensor_end=tensor.offset + tensor.bytes,
                 rows_left=box.offsets[-2] % BLOCK,
                 columns_left=box.offsets[-1] % BLOCK,
                 row_cell=_plus(cells.get(Grid.ROW), index * rows),
@@ -233,7 +237,9 @@ def _that_fit(matrix: Matrix, rows: int) -> int:
 
 def _chunk(taken: Sequence[Matrix], places: Sequence[int], catalog: Catalog) -> Chunk:
     copies = [_copy(matrix, place) for matrix, place in zip(taken, places, strict=True)]
-    spans = _joined(sorted(span for matrix in taken for span in _spans(matrix)))
+    # Between two boxes' cells may lie the second one's cell for its whole tensor, which is written last.
+    hole = 1 if Grid.TENSOR in catalog.grids else 0
+    spans = _joined(sorted(span for matrix in taken for span in _spans(matrix)), hole)
     starts = [0, *itertools.accumulate(end - first for first, end in spans)]
     local = {}
     for (first, end), start in zip(spans, starts, strict=False):
@@ -261,7 +267,8 @@ def _chunk(taken: Sequence[Matrix], places: Sequence[int], catalog: Catalog) -> 
 def _copy(matrix: Matrix, place: int) -> Copy:
     width = matrix.columns * matrix.item
     if width == matrix.pitch:  # whole rows lie side by side on both sides
-        return Copy(matrix.target, place, width * matrix.rows, 1, 0, 0)
+        length = width * matrix.rows
+        return Copy(matrix.target, place, length, 1, 0, 0, matrix.padding_behind(length))
     return Copy(matrix.target, place, width, matrix.rows, matrix.pitch, width)
 
 
@@ -272,10 +279,10 @@ def _spans(matrix: Matrix) -> Iterator[tuple[int, int]]:
         yield matrix.block_cell, matrix.block_cell + matrix.strips * matrix.blocks
 
 
-def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _joined(spans: Iterable[tuple[int, int]], hole: int) -> list[tuple[int, int]]:
     joined: list[tuple[int, int]] = []
     for first, end in spans:
-        if joined and first - joined[-1][1] <= HOLE:
+        if joined and first - joined[-1][1] <= hole:
             joined[-1] = (joined[-1][0], end)
         else:
             joined.append((first, end))

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from stagingd.catalog import ALIGNMENT
-
 
 @dataclass(frozen=True)
 class Copy:
@@ -21,6 +19,7 @@ class Copy:
         source: where in the scratch memory.
         width, height: its size.
         target_pitch, source_pitch: from one run to the next.
+        padding: so many bytes behind its target belong to nobody, on both sides: it may be made longer by them.
     """
 
     target: int
@@ -29,6 +28,7 @@ class Copy:
     height: int
     target_pitch: int
     source_pitch: int
+    padding: int = 0
 
     @property
     def bytes(self) -> int:
@@ -58,13 +58,13 @@ def coalesced(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _longer(before: Copy, copy: Copy) -> Copy | None:
-    """One run for two that follow each other, with the padding between them that both sides have."""
+    """One run for two that follow each other, with what is between them where it is nothing but padding."""
     if before.height > 1 or copy.height > 1:
         return None
     ahead = copy.target - before.target
-    if ahead != copy.source - before.source or not before.width <= ahead < before.width + ALIGNMENT:
+    if ahead != copy.source - before.source or not before.width <= ahead <= before.width + before.padding:
         return None
-    return replace(before, width=ahead + copy.width)
+    return replace(before, width=ahead + copy.width, padding=copy.padding)
 
 
 def _higher(before: Copy, copy: Copy) -> Copy | None:
