@@ -4,11 +4,11 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 
 import pytest
-from stagingd_client.pinning import SlowerPath, Span, register
+
+from stagingd.pinning import RegistrationRefused, Span, register
 
 
 @dataclass
@@ -30,15 +30,14 @@ class Runtime:
 
 def test_memory_is_registered_in_chunks_that_together_are_all_of_it() -> None:
     runtime = Runtime(limit=10_000)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        parts = register(Span(4096, 1000), runtime.register, runtime.unregister, chunk=300)
+    parts = register(Span(4096, 1000), runtime.register, runtime.unregister, chunk=300)
     assert parts == [Span(4096, 300), Span(4396, 300), Span(4696, 300), Span(4996, 100)]
     assert runtime.registered == {part.address: part.bytes for part in parts}
 
 
-def test_what_is_refused_is_given_back_whole_and_the_warning_says_what_to_change() -> None:
+def test_what_is_refused_is_given_back_whole_and_the_error_says_what_to_change() -> None:
     runtime = Runtime(limit=700)
-    with pytest.warns(SlowerPath, match=r"cudaErrorMemoryAllocation.*ulimit -l unlimited.*LimitMEMLOCK.*memlock=-1"):
-        assert register(Span(0, 1000), runtime.register, runtime.unregister, chunk=300) == []
+    says = r"cudaErrorMemoryAllocation.*ulimit -l unlimited.*LimitMEMLOCK.*memlock=-1"
+    with pytest.raises(RegistrationRefused, match=says):
+        register(Span(0, 1000), runtime.register, runtime.unregister, chunk=300)
     assert runtime.registered == {}

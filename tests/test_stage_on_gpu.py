@@ -13,7 +13,7 @@ import torch
 from daemons import RunningDaemon
 from stagingd_client import LocalShard, Stage
 from stagingd_client.moments import shard_moments
-from stagingd_client.pinning import SlowerPath
+from stagingd_client.queues import SlowerPath
 from stagingd_vllm import Reader
 
 from stagingd.boxes import Box, whole

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from typing import Final
 import torch
 from cuda.bindings import runtime
 
+from stagingd import pinning
 from stagingd.errors import StagingError
 from stagingd.segment import Segment
-from stagingd_client import gpu_moments, pinning
+from stagingd_client import gpu_moments
 from stagingd_client.copies import Copy, split
-from stagingd_client.queues import Mark
+from stagingd_client.queues import Mark, SlowerPath
 from stagingd_client.strips import Work
 
 _TO_HOST: Final = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
@@ -154,7 +156,7 @@ def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Cal
         spans = []
         for slot in (0, 1):
             memory = torch.frombuffer(segment.slot(slot), dtype=torch.uint8)
-            spans += pinning.register(pinning.Span(memory.data_ptr(), memory.nbytes), _register, _unregister)
+            spans += _registered(pinning.Span(memory.data_ptr(), memory.nbytes))
         opened = CudaDevice(device, sorted(span.address for span in spans))
 
     def release() -> None:
@@ -163,6 +165,15 @@ def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Cal
                 _unregister(span.address)
 
     return opened, release
+
+
+def _registered(span: pinning.Span) -> list[pinning.Span]:
+    try:
+        return pinning.register(span, _register, _unregister)
+    except pinning.RegistrationRefused as refused:
+        how = "Versions are flushed without it, at a fraction of the link's speed, and fence waits for the copies"
+        warnings.warn(SlowerPath(f"{refused} {how}."), stacklevel=2)
+        return []
 
 
 def _register(address: int, size: int) -> str | None:

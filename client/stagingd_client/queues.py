@@ -18,6 +18,10 @@ from stagingd_client.copies import Copy
 from stagingd_client.strips import Work
 
 
+class SlowerPath(UserWarning):
+    """Something still works, at a lower speed; the message says why, and what to do."""
+
+
 class Mark(Protocol):
     """A point in a queue."""
 
