@@ -4,47 +4,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from dataclasses import dataclass
 
 import stagingd_vllm.extension
 import torch
+from private_stage import PrivateLease, by_rows, private_stage
 from safetensors.torch import load_file
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker
 
 from stagingd.aliases import Alias
-from stagingd.boxes import Box, whole
-
-
-@dataclass(frozen=True)
-class CheckpointTensor:
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class CheckpointCatalog:
-    tensors: tuple[CheckpointTensor, ...]
-    aliases: tuple[Alias, ...]
-
-
-class CheckpointLease:
-    """A version, as tensors in this process's memory."""
-
-    def __init__(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
-        self.version = version
-        self.tensors = tensors
-
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        return self.tensors[name][(box or whole(self.tensors[name].shape)).slices]
-
-    def __enter__(self) -> CheckpointLease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class CheckpointReader:
@@ -56,14 +26,11 @@ class CheckpointReader:
     def __init__(self, stage: str) -> None:
         directories = stage.split(os.pathsep)
         self.versions = [load_file(os.path.join(directory, "model.safetensors")) for directory in directories]
-        tied = self._tied("lm_head.weight", "model.embed_tokens.weight")
-        self.catalog = CheckpointCatalog(
-            tuple(
-                CheckpointTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-                for name, tensor in self.versions[0].items()
-            ),
-            tied,
-        )
+        aliases = self._tied("lm_head.weight", "model.embed_tokens.weight")
+        cut = {name: by_rows(tuple(tensor.shape), 2) for name, tensor in self.versions[0].items()}
+        self._undo = contextlib.ExitStack()
+        self._stage = self._undo.enter_context(private_stage(self.versions[0], cut, aliases=aliases))
+        self.catalog, self.slots = self._stage.catalog, self._stage.slots
 
     def _tied(self, alias: str, name: str) -> tuple[Alias, ...]:
         if not all(torch.equal(version[alias], version[name]) for version in self.versions):
@@ -76,12 +43,12 @@ class CheckpointReader:
     def attach(cls, stage: str, **_: object) -> CheckpointReader:
         return cls(stage)
 
-    def lease(self, *, version: int | None = None, **_: object) -> CheckpointLease:
+    def lease(self, *, version: int | None = None, **_: object) -> PrivateLease:
         version = version or len(self.versions)
-        return CheckpointLease(version, self.versions[version - 1])
+        return self._stage.write(version, self.versions[version - 1])
 
     def close(self) -> None:
-        pass
+        self._undo.close()
 
 
 stagingd_vllm.extension.Reader = CheckpointReader  # type: ignore[assignment, attr-defined]

@@ -88,7 +88,7 @@ class StagingdWorkerExtension:
             model = self.get_model()
             staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
             aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
-            receiver = Receiver(model, derive_plan(model, self.vllm_config, staged, aliases))
+            receiver = Receiver(model, derive_plan(model, self.vllm_config, staged, aliases), reader)
             undo.pop_all()
         self.stagingd_attachment = Attachment(reader, receiver)
         return {"rank": rank, "ranks": ranks, **_summary(receiver)}
@@ -128,6 +128,7 @@ class StagingdWorkerExtension:
         """Leaves the stage; the weights stay as they are. Does nothing when not attached."""
         attachment, self.stagingd_attachment = self.stagingd_attachment, None
         if attachment is not None:
+            attachment.receiver.close()
             attachment.reader.close()
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 
@@ -81,6 +81,11 @@ class Reader:
     def catalog(self) -> Catalog:
         """Every tensor of the stage."""
         return self._segment.catalog
+
+    @property
+    def slots(self) -> Sequence[torch.Tensor]:
+        """The bytes of both slots, uint8: shared memory that must not be written, good until ``close``."""
+        return self._memory
 
     def lease(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> Lease:
         """Lease a version for reading; the newest complete one by default, which becomes the front.
@@ -167,6 +172,18 @@ class Lease:
         self._stored = stored
         self._until = until
         self._release: Callable[[], None] | None = release
+
+    @property
+    def slot(self) -> torch.Tensor:
+        """The bytes of the version's slot, uint8. Raises LeaseLost, OutOfOrder: the lease is over."""
+        self._check()
+        return self._memory
+
+    @property
+    def stored(self) -> StoredMoments:
+        """The version's moments, as trainers stored them. Raises LeaseLost, OutOfOrder: the lease is over."""
+        self._check()
+        return self._stored
 
     def read(self, name: str, box: Box | None = None) -> torch.Tensor:
         """A box of a tensor, all of it by default, as a view of shared memory that must not be written.

@@ -1,25 +1,42 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a version into live weights, in place, by a read plan."""
+"""Writing a version into live weights, in place, quantized as the engine would have done it."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 
-from stagingd.boxes import Box
-from stagingd.errors import StagingError, WrongShape
-from stagingd_vllm.plan import PlanEntry, ReadPlan, Region
+from stagingd.catalog import Catalog
+from stagingd.errors import StagingError
+from stagingd.moments import StoredMoments
+from stagingd_vllm.carriers import carrier, registered
+from stagingd_vllm.layouts import Home, homes
+from stagingd_vllm.live_scales import LiveScales
+from stagingd_vllm.plan import ReadPlan
+from stagingd_vllm.recipe import make_recipe
+from stagingd_vllm.scales import ScaleRule
 
 
 class LayoutChanged(StagingError):
     """A live parameter is no longer where, or what, it was when the plan was made."""
 
     code = "layout_changed"
+
+
+class Source(Protocol):
+    """What is known of a stage before any version is leased: its catalog, and the bytes of both slots (uint8)."""
+
+    @property
+    def catalog(self) -> Catalog: ...
+
+    @property
+    def slots(self) -> Sequence[torch.Tensor]: ...
 
 
 class LeasedVersion(Protocol):
@@ -33,13 +50,18 @@ class LeasedVersion(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None, /
     ) -> None: ...
 
-    def read(self, name: str, box: Box | None = None) -> torch.Tensor:
-        """The elements of a box of a tensor, as a strided CPU view of shape ``box.lengths``."""
+    @property
+    def slot(self) -> torch.Tensor:
+        """The bytes of its slot, uint8."""
+
+    @property
+    def stored(self) -> StoredMoments:
+        """Its moments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What must not change about a live parameter: shape and stride in elements, dtype, address in bytes."""
+    """What must not change about a live tensor: shape and stride in elements, dtype, address in bytes."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -69,20 +91,33 @@ class Receiver:
     """Keeps the live weights of one worker up to date with a stage.
 
     Args:
-        model: the live model, in the layout that the plan was made for.
-        plan: which box goes where.
+        model: the live model.
+        plan: which box goes where, as the model's loader sees it.
+        source: the stage.
+        rule: how scales follow from moments.
 
     Raises:
-        LayoutChanged: the model lacks a parameter of the plan, or it is too small for its regions.
+        LayoutUnknown: the model keeps a parameter in a way that is not known.
+        LayoutChanged: the model lacks a parameter of the plan.
+        PlanRefused, OutOfOrder: the plan asks for what cannot be done with it, or for moments that are not kept.
+        DeviceUnusable, RegistrationRefused: the device cannot read the stage's memory.
     """
 
-    def __init__(self, model: torch.nn.Module, plan: ReadPlan) -> None:
+    def __init__(self, model: torch.nn.Module, plan: ReadPlan, source: Source, rule: ScaleRule | None = None) -> None:
         self.plan = plan
         self._model = model
         self._version: int | None = None
-        self._fingerprints = {name: Fingerprint.of(parameter) for name, parameter in _parameters(model).items()}
-        for entry in plan.entries:
-            self._check_region(entry.region)
+        found = homes(model)
+        missing = next((name for name in plan.parameters if name not in found), None)
+        if missing is not None:
+            raise _changed(missing, "is not in the live model")
+        live = {name: found[name] for name in plan.parameters}
+        self._fingerprints = _fingerprints(live)
+        recipe = make_recipe(plan, live, source.catalog)
+        self._device = next(iter(live.values())).weight.device if live else torch.device("cpu")
+        self._moves = carrier(recipe.moves, self._device)
+        self._scales = LiveScales(recipe, rule or ScaleRule(), self._device)
+        self._unregister: Callable[[], None] = registered(source.slots, self._device)
 
     @property
     def version(self) -> int | None:
@@ -90,65 +125,47 @@ class Receiver:
         return self._version
 
     def apply(self, lease: LeasedVersion) -> UpdateReport:
-        """Copies a version into the live weights and releases the lease; returns when all of it is there.
+        """Writes a version into the live weights and releases the lease; returns when all of it is there.
 
         Nobody may compute with the weights meanwhile.
 
         Raises:
             LayoutChanged: a live parameter changed; found before anything is written.
-            WrongShape: the lease gave something else than the box that was asked for.
-            StagingError: what the lease raises, when it was lost. After this and WrongShape the weights may be a
-                mixture of two versions until another one is applied, and ``version`` is None.
+            StagingError: what the lease raises, when it was lost. The weights may then be a mixture of two versions
+                until another one is applied, and ``version`` is None.
         """
         started = time.perf_counter()
         with lease:
-            live = self._checked_parameters()
+            self._check()
             self._version = None
-            bytes_read = sum(
-                _copy(lease.read(entry.tensor, entry.source), live[entry.region.parameter], entry)
-                for entry in self.plan.entries
-            )
+            self._scales.set(lease.slot, lease.stored)
+            self._moves.carry(lease.slot)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
         # Only now: a lease that was lost says so when it is released.
         self._version = lease.version
         seconds = time.perf_counter() - started
-        return UpdateReport(lease.version, len(self.plan.entries), bytes_read, seconds)
+        return UpdateReport(lease.version, len(self.plan.entries), self.plan.bytes_per_update, seconds)
 
-    def _checked_parameters(self) -> dict[str, torch.Tensor]:
-        live = _parameters(self._model)
+    def close(self) -> None:
+        """Let the stage's memory go. May be called twice."""
+        release, self._unregister = self._unregister, lambda: None
+        release()
+
+    def _check(self) -> None:
+        found = homes(self._model)
+        live = _fingerprints({name: found[name] for name in self.plan.parameters if name in found})
         for name, expected in self._fingerprints.items():
-            found = Fingerprint.of(live[name]) if name in live else None
-            if found != expected:
-                raise _changed(name, f"was {expected} and is {found or 'gone'}")
-        return live
-
-    def _check_region(self, region: Region) -> None:
-        fingerprint = self._fingerprints.get(region.parameter)
-        if fingerprint is None:
-            raise _changed(region.parameter, "is not in the live model")
-        last = region.offset + sum((n - 1) * s for n, s in zip(region.shape, region.stride, strict=True))
-        end = sum((n - 1) * s for n, s in zip(fingerprint.shape, fingerprint.stride, strict=True))
-        if not 0 <= last <= end:
-            raise _changed(region.parameter, f"is {fingerprint} and has no {region}")
+            if live.get(name) != expected:
+                raise _changed(name, f"was {expected} and is {live.get(name, 'gone')}")
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
-
-
-def _copy(source: torch.Tensor, parameter: torch.Tensor, entry: PlanEntry) -> int:
-    """Copies one read into place. Returns the bytes that were read."""
-    region = entry.region
-    # copy_ would repeat a smaller source, and would convert any dtype: both are checked.
-    if source.shape != region.shape or source.dtype != getattr(torch, entry.dtype):
-        raise WrongShape(
-            f"asked for {entry.source} of {entry.tensor} ({entry.dtype}) and got {source.dtype} {tuple(source.shape)}",
-            remedy="detach from the stage and attach again",
-            tensor=entry.tensor,
-            box=entry.source,
-        )
-    live = torch.as_strided(parameter, region.shape, region.stride, parameter.storage_offset() + region.offset)
-    live.copy_(source)
-    return source.nbytes
+def _fingerprints(live: dict[str, Home]) -> dict[str, Fingerprint]:
+    found = {name: Fingerprint.of(home.weight) for name, home in live.items()}
+    for name, home in live.items():
+        if home.scale is not None:
+            found[f"{name}'s scale"] = Fingerprint.of(home.scale)
+    return found
 
 
 def _changed(name: str, how: str) -> LayoutChanged:

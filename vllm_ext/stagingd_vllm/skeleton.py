@@ -11,14 +11,11 @@ from typing import cast
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from stagingd.boxes import Shape
+from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan, plan_with_aliases
 from stagingd_vllm.tracing import LoadWeights, trace_loader
 
@@ -43,20 +40,21 @@ def derive_plan(
 
     Raises:
         PlanRefused: the stage does not fit the model, or the model is of a kind that is not understood.
+        LayoutUnknown: the live model keeps a parameter in a way that is not known.
     """
-    _refuse_rearranged(model)
-    return plan_with_aliases(lambda names: _derive(model, vllm_config, staged, names), staged_aliases)
+    live = homes(model)
+    return plan_with_aliases(lambda names: _derive(live, vllm_config, staged, names), staged_aliases)
 
 
 def _derive(
-    model: torch.nn.Module,
+    live: Mapping[str, Home],
     vllm_config: VllmConfig,
     staged: Mapping[str, StagedTensor],
     staged_aliases: Mapping[str, str],
 ) -> ReadPlan:
     skeleton = _build_skeleton(vllm_config)
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    owners = _owners(model, parameters)
+    owners = _owners(live, parameters)
     writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters, staged_aliases)
     # Under the owner's name: parameters that vLLM tied after loading are apart in the skeleton, and two tensors
     # that claim the one live region are then noticed.
@@ -64,25 +62,6 @@ def _derive(
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in parameters.items() if owners[name] == name}
     aliases = {name: owner for name, owner in owners.items() if name != owner}
     return make_plan(owned, staged, shapes, aliases)
-
-
-def _refuse_rearranged(model: torch.nn.Module) -> None:
-    """Refuses layers whose weights vLLM rearranges after loading, or derives further state from.
-
-    Such a layer can keep the shape of its parameters (packed or swapped experts), so that shapes alone do not
-    tell; what is allowed is therefore a list, and the list is short.
-    """
-    for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        plain = type(method) in (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
-        derives = hasattr(module, "process_weights_after_loading") and type(module) is not Attention
-        if derives or (isinstance(method, QuantizeMethodBase) and not plain):
-            raise PlanRefused(
-                f"layer {name or 'model'} ({type(module).__name__}, {type(method).__name__}) keeps its weights "
-                "in a layout that is not known",
-                remedy="only unquantized linear layers, embeddings and norms can be written in place so far",
-                parameter=name,
-            )
 
 
 def _build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
@@ -107,36 +86,36 @@ def _build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
     return skeleton
 
 
-def _owners(model: torch.nn.Module, skeleton: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _owners(live: Mapping[str, Home], skeleton: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """For every parameter, the first one with the same memory in the live model: itself, unless it is tied.
 
     Raises:
-        PlanRefused: live model and skeleton differ in a parameter's name, shape, stride or dtype, or the skeleton
-            ties what the live model does not.
+        PlanRefused: live model and skeleton differ in a parameter's name, shape or dtype, or the skeleton ties what
+            the live model does not.
     """
-    live = dict(model.named_parameters(remove_duplicate=False))
-    for name in live.keys() ^ skeleton.keys():
+    for name in sorted(live.keys() ^ skeleton.keys()):
         raise _differs(name, "is in only one of them")
     first: dict[tuple[object, ...], str] = {}
-    owners = {name: first.setdefault((p.data_ptr(), p.shape, p.stride()), name) for name, p in live.items()}
+    owners = {
+        name: first.setdefault((home.weight.data_ptr(), home.weight.shape, home.weight.stride()), name)
+        for name, home in live.items()
+    }
     tied: dict[int, str] = {}
     for name, parameter in skeleton.items():
-        expected, found = _geometry(parameter), _geometry(live[name])
-        if expected != found:
-            raise _differs(name, f"should be {expected} and is {found}")
+        weight = live[name].weight
+        if weight.shape != parameter.shape:
+            raise _differs(name, f"should have shape {tuple(parameter.shape)} and has {tuple(weight.shape)}")
+        if live[name].scheme is None and weight.dtype != parameter.dtype:
+            raise _differs(name, f"should be {parameter.dtype} and is {weight.dtype}")
         partner = tied.setdefault(id(parameter), name)
         if owners[name] != owners[partner]:
             raise _differs(name, f"should share its memory with {partner}")
     return owners
 
 
-def _geometry(tensor: torch.Tensor) -> tuple[Shape, Shape, torch.dtype]:
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
-
-
 def _differs(name: str, how: str) -> PlanRefused:
     return PlanRefused(
         f"parameter {name} of the live model is not as the model's loader expects it: it {how}",
-        remedy="the engine repacked, wrapped or quantized it after loading; such layers cannot be written in place",
+        remedy="the engine repacked or wrapped it after loading; such layers cannot be written in place",
         parameter=name,
     )

@@ -1,0 +1,103 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Who carries moves out: the host, where the live weights are in its memory, or the GPU that they are on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from stagingd import pinning
+from stagingd.errors import DeviceUnusable
+from stagingd_vllm.move_reference import run_moves
+from stagingd_vllm.moves import Move, table
+
+
+class Carrier(Protocol):
+    """One set of moves, from either slot."""
+
+    def carry(self, slot: torch.Tensor) -> None:
+        """Start carrying all moves out; on a GPU this is work of the current stream.
+
+        Args:
+            slot: the slot's bytes: uint8, in this process's memory.
+        """
+
+
+class HostCarrier:
+    """Moves within host memory; they are done when ``carry`` returns."""
+
+    def __init__(self, moves: Sequence[Move]) -> None:
+        self._moves = moves
+        table(moves)  # refuses what contradicts itself
+
+    def carry(self, slot: torch.Tensor) -> None:
+        """Carry all moves out."""
+        run_moves(self._moves, slot)
+
+
+class DeviceCarrier:
+    """Moves by a kernel that reads the slot where it lies: its memory has to be registered (``registered``)."""
+
+    def __init__(self, moves: Sequence[Move], device: torch.device) -> None:
+        from stagingd_vllm.gpu_moves import MovesOnGpu
+
+        self._moves = MovesOnGpu(table(moves), device)
+
+    def carry(self, slot: torch.Tensor) -> None:
+        """Start the kernels on the current stream."""
+        self._moves.run(slot.data_ptr())
+
+
+def carrier(moves: Sequence[Move], device: torch.device) -> Carrier:
+    """Who carries moves to a device.
+
+    Raises:
+        DeviceUnusable: live weights on such a device cannot be written.
+        MoveRefused: a move contradicts itself.
+    """
+    if device.type == "cpu":
+        return HostCarrier(moves)
+    _check_cuda(device)
+    return DeviceCarrier(moves, device)
+
+
+def registered(slots: Sequence[torch.Tensor], device: torch.device) -> Callable[[], None]:
+    """Register both slots with a GPU, so that its kernels read them; does nothing on a CPU.
+
+    Returns:
+        What takes the registration back.
+
+    Raises:
+        DeviceUnusable, RegistrationRefused: it cannot be done, and why.
+    """
+    if device.type == "cpu":
+        return lambda: None
+    _check_cuda(device)
+    from stagingd_vllm.cuda_memory import register, unregister
+
+    spans: list[pinning.Span] = []
+
+    def release() -> None:
+        with torch.cuda.device(device):
+            while spans:
+                unregister(spans.pop().address)
+
+    with torch.cuda.device(device):
+        try:
+            for slot in slots:
+                spans += pinning.register(pinning.Span(slot.data_ptr(), slot.nbytes), register, unregister)
+        except pinning.RegistrationRefused:
+            release()
+            raise
+    return release
+
+
+def _check_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise DeviceUnusable(
+            f"live weights on {device} cannot be written in place",
+            remedy="run the engine on CUDA devices or on the CPU",
+        )

@@ -1,0 +1,183 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where vLLM keeps each parameter of a live model: the weight as its loader sees it, and its scales.
+
+What is allowed is a list, by class: a layer can keep the shape of its parameters and still hold them in another order
+(packed, swapped or shuffled), so that shapes alone do not tell. What is not on the list is refused by name.
+
+Nothing here imports vLLM: classes are known by their names, which stand here for 0.26 and 0.32 alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from stagingd.errors import StagingError
+from stagingd_vllm.scales import Granularity
+from stagingd_vllm.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, INT8_PER_CHANNEL, Scheme
+
+PLAIN = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
+"""Methods whose weights lie as the loader writes them."""
+
+LINEAR = {
+    "Fp8PerTensorOnlineLinearMethod": FP8_PER_TENSOR,
+    "Fp8PtpcOnlineLinearMethod": FP8_PER_CHANNEL,
+    "Fp8PerBlockOnlineLinearMethod": FP8_PER_BLOCK,
+}
+
+KERNELS = frozenset(
+    {
+        "CutlassFP8ScaledMMLinearKernel",
+        "PerTensorTorchFP8ScaledMMLinearKernel",
+        "RowWiseTorchFP8ScaledMMLinearKernel",
+        "ChannelWiseTorchFP8ScaledMMLinearKernel",
+        "TritonFP8ScaledMMLinearKernel",
+        "CutlassFp8BlockScaledMMKernel",
+        "TritonFp8BlockScaledMMKernel",
+    }
+)
+"""Kernels that leave weight and scales as the method made them; DeepGEMM's round scales to powers of two."""
+
+EXPERTS = {
+    "Fp8PerTensorOnlineMoEMethod": FP8_PER_TENSOR,
+    "Fp8PtpcOnlineMoEMethod": FP8_PER_CHANNEL,
+    "Fp8PerBlockOnlineMoEMethod": FP8_PER_BLOCK,
+    "Int8OnlineMoEMethod": INT8_PER_CHANNEL,
+}
+
+BACKENDS = frozenset({"TRITON", "BATCHED_TRITON", "VLLM_CUTLASS"})
+"""Backends of experts that keep gate before up, and neither shuffle nor pad."""
+
+DERIVING = frozenset({"Attention", "MLAAttention"})
+"""Modules that make something of weights after loading; of these it is known what (``derived.py``)."""
+
+SCALES = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
+EXPERT_SCALES = frozenset(f"{weight}_{scale}" for weight in ("w13", "w2") for scale in (*SCALES, "scale"))
+
+
+class LayoutUnknown(StagingError):
+    """A live layer keeps its weights in a way that is not known."""
+
+    code = "layout_unknown"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a parameter lives.
+
+    Attributes:
+        weight: the live memory, viewed in the shape that the model's loader writes.
+        scheme: how it is quantized; None where it is not.
+        scale: the live scales, float32: (1,) or (experts,) per tensor, (rows,) or (experts, rows) per channel,
+            (rows / 128, columns / 128), with the experts before, per block; None without a scheme.
+    """
+
+    weight: torch.Tensor
+    scheme: Scheme | None = None
+    scale: torch.Tensor | None = None
+
+
+def homes(model: torch.nn.Module) -> dict[str, Home]:
+    """The home of every parameter of a live model that its loader writes, by the parameter's name.
+
+    Names of tied parameters are all there, with the same memory.
+
+    Raises:
+        LayoutUnknown: names the layer, what it is, and what is not known about it.
+    """
+    found = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for attribute, home in _homes_of(path, module):
+            found[f"{path}.{attribute}" if path else attribute] = home
+    return found
+
+
+def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
+    method = type(getattr(module, "quant_method", None)).__name__
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    if not parameters:
+        _check_derived(path, module)
+        return
+    scheme: Scheme | None = None
+    scale_names: frozenset[str] = frozenset()
+    weights: tuple[str, ...] = ()
+    if method in LINEAR:
+        scheme, weights, scale_names = LINEAR[method], ("weight",), SCALES
+        _check_kernel(path, module)
+    elif method in EXPERTS or method == "UnquantizedFusedMoEMethod":
+        scheme, weights, scale_names = EXPERTS.get(method), ("w13_weight", "w2_weight"), EXPERT_SCALES
+        _check_backend(path, module)
+    elif method not in PLAIN and method != "NoneType":
+        raise _unknown(path, module, f"quantization by {method} is not known")
+    else:
+        _check_derived(path, module)
+    for name, parameter in parameters.items():
+        live = parameter.detach()
+        if scheme is not None and name in weights:
+            yield name, _quantized(path, module, name, live, scheme)
+        elif scheme is None or name not in scale_names:
+            yield name, Home(live)
+
+
+def _check_derived(path: str, module: torch.nn.Module) -> None:
+    if hasattr(module, "process_weights_after_loading") and type(module).__name__ not in DERIVING:
+        raise _unknown(path, module, "it makes something of its weights after loading, and it is not known what")
+
+
+def _check_kernel(path: str, module: torch.nn.Module) -> None:
+    kernel = type(getattr(module.quant_method, "fp8_linear", None)).__name__
+    if kernel not in KERNELS:
+        raise _unknown(path, module, f"whether kernel {kernel} rearranges weights or scales is not known")
+
+
+def _check_backend(path: str, module: torch.nn.Module) -> None:
+    method = module.quant_method
+    for attribute in ("unquantized_backend", "fp8_backend", "int8_backend"):
+        backend = getattr(method, attribute, None)
+        if backend is not None and backend.name not in BACKENDS:
+            raise _unknown(path, module, f"experts' backend {backend.name} keeps weights in another order")
+
+
+def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor, scheme: Scheme) -> Home:
+    weight = live if name != "weight" or scheme.granularity is Granularity.BLOCK else live.t()
+    if live.dtype != getattr(torch, scheme.live):
+        raise _unknown(path, module, f"{name} is {live.dtype} and not {scheme.live}")
+    scale = _scale_of(module, name, scheme)
+    if scale is None or scale.dtype != torch.float32:
+        raise _unknown(path, module, f"{name} has no float32 scales where {scheme.name} keeps them")
+    expected = _scale_shape(weight, scheme)
+    scale = scale.detach()
+    if scale.numel() != expected.numel() or not scale.is_contiguous():
+        raise _unknown(
+            path, module, f"scales of {name} are {tuple(scale.shape)} and should be {tuple(expected)} and contiguous"
+        )
+    return Home(weight, scheme, scale.view(expected))
+
+
+def _scale_of(module: torch.nn.Module, name: str, scheme: Scheme) -> torch.Tensor | None:
+    suffix = "scale_inv" if scheme.granularity is Granularity.BLOCK else "scale"
+    names = [f"{name}_{suffix}"] if scheme is not INT8_PER_CHANNEL else [f"{name.removesuffix('_weight')}_scale"]
+    found = [getattr(module, one, None) for one in names]
+    return found[0]
+
+
+def _scale_shape(weight: torch.Tensor, scheme: Scheme) -> torch.Size:
+    *experts, rows, columns = weight.shape
+    if scheme.granularity is Granularity.TENSOR:
+        return torch.Size(experts or [1])
+    if scheme.granularity is Granularity.CHANNEL:
+        return torch.Size([*experts, rows])
+    return torch.Size([*experts, -(-rows // 128), -(-columns // 128)])
+
+
+def _unknown(path: str, module: torch.nn.Module, why: str) -> LayoutUnknown:
+    method = getattr(module, "quant_method", None)
+    how = f", {type(method).__name__}" if method is not None else ""
+    return LayoutUnknown(
+        f"layer {path or 'model'} ({type(module).__name__}{how}): {why}",
+        remedy="use a quantization, kernel and backend that are listed in the documentation, or vLLM's own reload",
+        parameter=path,
+    )

@@ -1,0 +1,58 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""The scales of a worker's live weights: made from a version's moments, and put where the engine reads them."""
+
+from __future__ import annotations
+
+import torch
+
+from stagingd.moments import StoredMoments
+from stagingd_vllm.carriers import carrier
+from stagingd_vllm.recipe import Recipe, ScaleSpan
+from stagingd_vllm.scales import ScaleRule
+
+
+class LiveScales:
+    """All scales of one worker.
+
+    Args:
+        recipe: which scales there are, and what they are made of.
+        rule: how they follow from moments. What moments do not tell, blocks that fusing or tensor parallelism cuts
+            elsewhere than the stage's grid, follows from the greatest magnitude whatever the rule.
+        device: where they are.
+    """
+
+    def __init__(self, recipe: Recipe, rule: ScaleRule, device: torch.device) -> None:
+        self._recipe = recipe
+        self._rule = rule
+        self._peaks = carrier(recipe.peaks, device) if recipe.peaks else None
+        count = sum(span.count for span in recipe.spans)
+        self._host = torch.empty(count, dtype=torch.float32, pin_memory=device.type == "cuda")
+        self._live = [_flat(span) for span in recipe.spans]
+        self._staged = list(self._host.split([span.count for span in recipe.spans]))
+
+    def set(self, slot: torch.Tensor, stored: StoredMoments) -> None:
+        """Set all scales to a version's; on a GPU this is work of the current stream.
+
+        Args:
+            slot: the version's bytes, uint8.
+            stored: its moments.
+        """
+        if not self._live:
+            return
+        limits = torch.from_numpy(self._recipe.limits.of(stored, self._rule))
+        # A copy of the version before has been waited for (Receiver.apply), so the memory is free to be written.
+        for span, staged in zip(self._recipe.spans, self._staged, strict=True):
+            some = limits[span.first : span.first + span.count]
+            staged.copy_(some if span.from_slice else span.scheme.formula(some))
+        torch._foreach_copy_(self._live, self._staged, non_blocking=True)
+        if self._peaks is not None:
+            self._peaks.carry(slot)
+            for span, live in zip(self._recipe.spans, self._live, strict=True):
+                if span.from_slice:
+                    live.copy_(span.scheme.formula(live))
+
+
+def _flat(span: ScaleSpan) -> torch.Tensor:
+    assert span.home.scale is not None
+    return span.home.scale.view(-1)

@@ -1,0 +1,169 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""All that a worker does with every version, worked out once: what is moved, and what its scales are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from stagingd.catalog import Catalog
+from stagingd.dtypes import ITEM_BYTES
+from stagingd_vllm.layouts import Home
+from stagingd_vllm.limits import Cells, Limits, cells_of_matrix
+from stagingd_vllm.matrices import Matrix, matrices
+from stagingd_vllm.moves import Move, Scales, Treatment
+from stagingd_vllm.plan import PlanRefused, ReadPlan
+from stagingd_vllm.scales import Granularity
+from stagingd_vllm.schemes import Scheme
+
+QUANTIZED_FROM = frozenset({"bfloat16", "float16"})
+"""What is quantized as it is staged; the engine would round anything else to its own dtype before."""
+
+_CELL = {Granularity.TENSOR: (0, 0), Granularity.CHANNEL: (1, 0), Granularity.BLOCK: (128, 128)}
+
+
+@dataclass(frozen=True)
+class ScaleSpan:
+    """The scales of one parameter, among all of the worker's.
+
+    Attributes:
+        home: the parameter's.
+        scheme: the home's.
+        first: number of its first scale.
+        from_slice: whether some are found in the worker's own slice (``Recipe.peaks``).
+    """
+
+    home: Home
+    scheme: Scheme
+    first: int
+    from_slice: bool
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        assert self.home.scale is not None
+        return self.home.scale.numel()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do with a version.
+
+    Attributes:
+        moves: what is written to weights.
+        peaks: whose greatest magnitudes are put where their scales will be, before that.
+        limits: for all scales that moments tell.
+        spans: the scales, in the order of their numbers; those of one scheme follow each other.
+    """
+
+    moves: tuple[Move, ...]
+    peaks: tuple[Move, ...]
+    limits: Limits
+    spans: tuple[ScaleSpan, ...]
+
+
+def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> Recipe:
+    """Work out what to do.
+
+    Args:
+        plan: what is read, and to which region of which parameter, as the loader sees it.
+        homes: where these parameters live.
+        catalog: the stage's.
+
+    Raises:
+        PlanRefused, OutOfOrder: something cannot be done; names the tensor and the parameter.
+    """
+    cut = [
+        (matrix, homes[entry.region.parameter])
+        for entry in plan.entries
+        for matrix in matrices(
+            entry, catalog.tensor(entry.tensor).shape, tuple(homes[entry.region.parameter].weight.shape)
+        )
+    ]
+    firsts = _numbered(plan, homes)
+    moves, peaks, cells, sliced = [], [], list[Cells](), set[str]()
+    for matrix, home in cut:
+        parameter = matrix.entry.region.parameter
+        move = _move(matrix, home, catalog)
+        moves.append(move)
+        if home.scheme is None:
+            continue
+        found = cells_of_matrix(matrix, home.scheme.granularity, home.weight.shape[-1], catalog)
+        if found is None:
+            peaks.append(replace(move, treatment=Treatment.PEAK))
+            sliced.add(parameter)
+        else:
+            first = firsts[parameter] + _leading(matrix, home)
+            cells.append(Cells(found.scale + first, found.cell, found.count))
+    spans = tuple(
+        ScaleSpan(homes[name], scheme, first, name in sliced)
+        for name, first in firsts.items()
+        if (scheme := homes[name].scheme) is not None
+    )
+    count = sum(span.count for span in spans)
+    return Recipe(tuple(moves), tuple(peaks), Limits(cells, count), spans)
+
+
+def _numbered(plan: ReadPlan, homes: Mapping[str, Home]) -> dict[str, int]:
+    """The number of each quantized parameter's first scale: scheme by scheme."""
+    quantized = [name for name in plan.parameters if homes[name].scheme is not None]
+    firsts, at = {}, 0
+    for name in sorted(quantized, key=lambda name: homes[name].scheme.name):  # type: ignore[union-attr]
+        firsts[name] = at
+        at += homes[name].scale.numel()  # type: ignore[union-attr]
+    return firsts
+
+
+def _leading(matrix: Matrix, home: Home) -> int:
+    """How many scales lie before those of the matrix's leading index."""
+    assert home.scale is not None
+    return sum(i * stride for i, stride in zip(matrix.leading, home.scale.stride(), strict=False))
+
+
+def _move(matrix: Matrix, home: Home, catalog: Catalog) -> Move:
+    tensor = catalog.tensor(matrix.entry.tensor)
+    weight = home.weight if home.weight.dim() > 1 else home.weight.view(1, -1)
+    at = (*matrix.leading, matrix.row, matrix.column)
+    offset = sum(i * stride for i, stride in zip(at, weight.stride(), strict=True))
+    live = str(weight.dtype).removeprefix("torch.")
+    return Move(
+        source=tensor.offset + matrix.source * ITEM_BYTES[tensor.dtype],
+        source_row=matrix.source_row,
+        source_column=matrix.source_column,
+        rows=matrix.rows,
+        columns=matrix.columns,
+        target=weight.data_ptr() + offset * weight.element_size(),
+        target_row=weight.stride(-2),
+        target_column=weight.stride(-1),
+        staged=tensor.dtype,
+        live=live,
+        treatment=_treatment(matrix, home.scheme, tensor.dtype, live),
+        scales=None if home.scheme is None else _scales(matrix, home, home.scheme),
+    )
+
+
+def _treatment(matrix: Matrix, scheme: Scheme | None, staged: str, live: str) -> Treatment:
+    if scheme is None:
+        return Treatment.COPY if staged == live else Treatment.CONVERT
+    if staged not in QUANTIZED_FROM:
+        raise PlanRefused(
+            f"{matrix.entry.tensor} is staged as {staged}, and {matrix.entry.region.parameter} is {scheme.name}",
+            remedy="stage it as bfloat16: the engine would round it before it quantizes",
+            tensor=matrix.entry.tensor,
+            parameter=matrix.entry.region.parameter,
+        )
+    return scheme.treatment
+
+
+def _scales(matrix: Matrix, home: Home, scheme: Scheme) -> Scales:
+    assert home.scale is not None
+    row_cell, column_cell = _CELL[scheme.granularity]
+    return Scales(
+        address=home.scale.data_ptr() + _leading(matrix, home) * home.scale.element_size(),
+        row_cell=row_cell,
+        column_cell=column_cell,
+        first_row=matrix.row,
+        first_column=matrix.column,
+        row_stride=home.scale.shape[-1] if scheme.granularity is Granularity.BLOCK else 1,
+    )
