@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
 import triton.language as tl
 
 from stagingd_vllm.move_kernel import moves_kernel
-from stagingd_vllm.moves import ALIGNMENT, JOB_COLUMNS, KindTable, MoveRefused
+from stagingd_vllm.moves import ALIGNMENT, JOB_COLUMNS, Kind, KindTable, MoveRefused
 
 WARPS: Final = 8
 PROGRAMS: Final = 64
@@ -34,6 +34,24 @@ _POINTED: Final = {
     "int32": tl.int32,
     "int64": tl.int64,
 }
+
+
+def constants(kind: Kind) -> dict[str, Any]:
+    """What the kernel is compiled with for a kind."""
+    return {
+        "STAGED": _POINTED[kind.staged],
+        "LIVE": _POINTED[kind.live],
+        "TREATMENT": str(kind.treatment),
+        "TILE_ROWS": kind.tile_rows,
+        "TILE_COLUMNS": kind.tile_columns,
+        "DENSE": kind.dense,
+        "ALIGNED": kind.aligned,
+        "PER_ROW": kind.per_row,
+        "PER_COLUMN": kind.per_column,
+        "GROUP": kind.group,
+        "JOB_COLUMNS": JOB_COLUMNS,
+        "BY_HAND": INTERPRETED,
+    }
 
 
 class MovesOnGpu:
@@ -81,18 +99,7 @@ class MovesOnGpu:
                     jobs,
                     tiles,
                     len(tiles),
-                    STAGED=_POINTED[kind.staged],
-                    LIVE=_POINTED[kind.live],
-                    TREATMENT=str(kind.treatment),
-                    TILE_ROWS=kind.tile_rows,
-                    TILE_COLUMNS=kind.tile_columns,
-                    DENSE=kind.dense,
-                    ALIGNED=kind.aligned,
-                    PER_ROW=kind.per_row,
-                    PER_COLUMN=kind.per_column,
-                    GROUP=kind.group,
-                    JOB_COLUMNS=JOB_COLUMNS,
-                    BY_HAND=INTERPRETED,
+                    **constants(kind),
                     num_warps=WARPS,
                 )
 

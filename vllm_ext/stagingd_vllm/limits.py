@@ -9,7 +9,7 @@ all ranks; where weights are fused, those of all parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -158,6 +158,10 @@ class Limits:
         self._scale, self._cell, self._count = scale[order], cell[order], count[order]
         self._starts = np.flatnonzero(np.diff(self._scale, prepend=-1))
         self._scales = scales
+        # Nearly all rows lie whole with one trainer rank, and follow each other as cells and as scales.
+        single = np.diff([*self._starts, len(self._scale)]) == 1
+        self._runs = list(_runs(self._cell[self._starts[single]], self._scale[self._starts[single]]))
+        self._several = _Several.of(self._cell, self._scale, self._starts, single)
 
     def of(self, stored: StoredMoments, rule: ScaleRule) -> npt.NDArray[np.float32]:
         """The limits of one version: float32, one per scale.
@@ -167,13 +171,13 @@ class Limits:
             rule: how a limit follows from moments.
         """
         limits = np.zeros(self._scales, np.float32)
-        if not len(self._cell):
-            return limits
         if rule.sigmas is None:
-            found = np.maximum.reduceat(stored.amax[self._cell], self._starts)
-        else:
-            found = rule.limits(self._merged(stored)).numpy()
-        limits[self._scale[self._starts]] = found
+            for cell, scale, length in self._runs:
+                limits[scale : scale + length] = stored.amax[cell : cell + length]
+            if len(self._several.cell):
+                limits[self._several.scale] = np.maximum.reduceat(stored.amax[self._several.cell], self._several.starts)
+        elif len(self._cell):
+            limits[self._scale[self._starts]] = rule.limits(self._merged(stored)).numpy()
         return limits
 
     def _merged(self, stored: StoredMoments) -> Moments:
@@ -198,6 +202,33 @@ class Limits:
                 mine[paired] = theirs
             found, scale = kept, scale[first]
         return found
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Scales that are made of several cells: ``scale[i]`` of the cells from ``starts[i]`` on."""
+
+    scale: Numbers
+    cell: Numbers
+    starts: Numbers
+
+    @classmethod
+    def of(cls, cell: Numbers, scale: Numbers, starts: Numbers, single: npt.NDArray[np.bool_]) -> _Several:
+        lengths = np.diff([*starts, len(scale)])
+        return cls(
+            scale[starts[~single]],
+            cell[np.repeat(~single, lengths)],
+            np.concatenate([[0], np.cumsum(lengths[~single])[:-1]]).astype(np.int64),
+        )
+
+
+def _runs(cell: Numbers, scale: Numbers) -> Iterator[tuple[int, int, int]]:
+    """Cells and scales that both rise by one, as (first cell, first scale, length)."""
+    if not len(cell):
+        return
+    breaks = np.flatnonzero((np.diff(cell) != 1) | (np.diff(scale) != 1)) + 1
+    for start, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(cell)], strict=True):
+        yield int(cell[start]), int(scale[start]), end - start
 
 
 def _fields(moments: Moments) -> tuple[npt.NDArray[np.generic], ...]:

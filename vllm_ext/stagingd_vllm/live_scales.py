@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from stagingd.moments import StoredMoments
@@ -29,7 +31,15 @@ class LiveScales:
         count = sum(span.count for span in recipe.spans)
         self._host = torch.empty(count, dtype=torch.float32, pin_memory=device.type == "cuda")
         self._live = [_flat(span) for span in recipe.spans]
-        self._staged = list(self._host.split([span.count for span in recipe.spans]))
+        self._staged = [self._host[span.first : span.first + span.count] for span in recipe.spans]
+        # One formula for all scales of a scheme: thousands of small operations would take longer than the read.
+        self._known = [
+            (scheme, slice(some[0].first, some[-1].first + some[-1].count))
+            for (scheme, from_slice), group in itertools.groupby(
+                recipe.spans, lambda span: (span.scheme, span.from_slice)
+            )
+            if not from_slice and (some := list(group))
+        ]
 
     def set(self, slot: torch.Tensor, stored: StoredMoments) -> None:
         """Set all scales to a version's; on a GPU this is work of the current stream.
@@ -42,9 +52,9 @@ class LiveScales:
             return
         limits = torch.from_numpy(self._recipe.limits.of(stored, self._rule))
         # A copy of the version before has been waited for (Receiver.apply), so the memory is free to be written.
-        for span, staged in zip(self._recipe.spans, self._staged, strict=True):
-            some = limits[span.first : span.first + span.count]
-            staged.copy_(some if span.from_slice else span.scheme.formula(some))
+        self._host.copy_(limits)
+        for scheme, some in self._known:
+            self._host[some] = scheme.formula(limits[some])
         torch._foreach_copy_(self._live, self._staged, non_blocking=True)
         if self._peaks is not None:
             self._peaks.carry(slot)

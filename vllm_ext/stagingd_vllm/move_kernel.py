@@ -31,15 +31,17 @@ def _rounded(values, TARGET: tl.constexpr, BY_HAND: tl.constexpr):
 def _fp8(values, BY_HAND: tl.constexpr):
     """The bytes of float8_e4m3fn: clamped to its finite values, to the nearest, ties to even; of a NaN, +448."""
     kept = tl.maximum(tl.minimum(values, 448.0), -448.0)  # the number, where the other is NaN
-    if not BY_HAND:
-        return kept.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    sign = (kept.to(tl.uint32, bitcast=True) >> 24) & 0x80
-    magnitude = tl.abs(kept)
-    bits = magnitude.to(tl.uint32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Below 2**-6 a step is 2**-9, as in fp32 from 2**14 to 2**15.
-    small = (magnitude + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    return (sign | tl.where(magnitude < 0.015625, small, normal)).to(tl.uint8)
+    if BY_HAND:
+        sign = (kept.to(tl.uint32, bitcast=True) >> 24) & 0x80
+        magnitude = tl.abs(kept)
+        bits = magnitude.to(tl.uint32, bitcast=True)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        # Below 2**-6 a step is 2**-9, as in fp32 from 2**14 to 2**15.
+        small = (magnitude + 16383.0).to(tl.uint32, bitcast=True) - 0x46800000
+        made = (sign | tl.where(magnitude < 0.015625, small, normal)).to(tl.uint8)
+    else:
+        made = kept.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return made
 
 
 @triton.jit
@@ -48,24 +50,6 @@ def _int8(values, scale, STAGED: tl.constexpr, BY_HAND: tl.constexpr):
     number = tl.where(quotient == quotient, quotient, 0.0)
     clamped = tl.maximum(tl.minimum(number, 127.0), -127.0)
     return ((clamped + 12582912.0) - 12582912.0).to(tl.int8)  # from 2**23 on an fp32's step is 1
-
-
-@triton.jit
-def _treated(
-    staged, scale, TREATMENT: tl.constexpr, STAGED: tl.constexpr, LIVE: tl.constexpr, BY_HAND: tl.constexpr
-):  # fmt: skip
-    if TREATMENT == "copy":
-        return staged
-    values = _widened(staged, BY_HAND)
-    if TREATMENT == "convert":
-        return _rounded(values, LIVE, BY_HAND)
-    if TREATMENT == "multiply":
-        return _fp8(values * tl.div_rn(1.0, scale), BY_HAND)
-    if TREATMENT == "divide":
-        values, scale = tl.broadcast(values, scale)
-        return _fp8(tl.div_rn(values, scale), BY_HAND)
-    values, scale = tl.broadcast(values, scale)
-    return _int8(values, scale, STAGED, BY_HAND)
 
 
 @triton.jit
@@ -79,6 +63,55 @@ def _scale_number(job, row, column, PER_ROW: tl.constexpr, PER_COLUMN: tl.conste
         cell = (tl.load(job + 13) + column).to(tl.int32) // tl.load(job + 11).to(tl.int32)
         number = number + cell.to(tl.int64)[None, :]
     return number
+
+
+@triton.jit
+def _scales(
+    job, row, rows, first_column, columns,
+    GROUPS: tl.constexpr, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One for each group of neighbours, or, where there is but one for all rows or columns, that one."""
+    grid = tl.load(job + 9).to(tl.pointer_type(tl.float32))
+    if PER_ROW or PER_COLUMN:
+        column = first_column + tl.arange(0, GROUPS) * GROUP
+        there = tl.full([1, 1], True, tl.int1)
+        if PER_ROW:
+            there = there & (row < rows)[:, None]
+        if PER_COLUMN:
+            there = there & (column < columns)[None, :]
+        made = tl.load(grid + _scale_number(job, row, column, PER_ROW, PER_COLUMN), mask=there, other=1.0)
+    else:
+        made = tl.load(grid)
+    return made
+
+
+@triton.jit
+def _spread(scale, PER_COLUMN: tl.constexpr, GROUP: tl.constexpr):
+    """From groups to elements."""
+    if PER_COLUMN and GROUP > 1:
+        ROWS: tl.constexpr = scale.shape[0]
+        GROUPS: tl.constexpr = scale.shape[1]
+        made = tl.reshape(tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, GROUP)), (ROWS, GROUPS * GROUP))
+    else:
+        made = scale
+    return made
+
+
+@triton.jit
+def _quantized(
+    values, scale, TREATMENT: tl.constexpr, STAGED: tl.constexpr, PER_COLUMN: tl.constexpr, GROUP: tl.constexpr,
+    BY_HAND: tl.constexpr,
+):  # fmt: skip
+    # One return: what follows a return would be compiled too.
+    if TREATMENT == "multiply":
+        made = _fp8(values * _spread(tl.div_rn(1.0, scale), PER_COLUMN, GROUP), BY_HAND)
+    else:
+        values, scale = tl.broadcast(values, _spread(scale, PER_COLUMN, GROUP))
+        if TREATMENT == "divide":
+            made = _fp8(tl.div_rn(values, scale), BY_HAND)
+        else:
+            made = _int8(values, scale, STAGED, BY_HAND)
+    return made
 
 
 @triton.jit
@@ -150,14 +183,15 @@ def moves_kernel(
                 staged, job, row, rows, first_column, columns, PER_ROW, PER_COLUMN, GROUP, BY_HAND
             )  # fmt: skip
         else:
-            scale = 1.0
-            if TREATMENT != "copy" and TREATMENT != "convert":
-                grid = tl.load(job + 9).to(tl.pointer_type(tl.float32))
-                there = True
-                if PER_ROW:
-                    there = there & (row < rows)[:, None]
-                if PER_COLUMN:
-                    there = there & (column < columns)[None, :]
-                scale = tl.load(grid + _scale_number(job, row, column, PER_ROW, PER_COLUMN), mask=there, other=1.0)
-            at = (row * target_row)[:, None] + target_column[None, :]
-            tl.store(target + at, _treated(staged, scale, TREATMENT, STAGED, LIVE, BY_HAND), mask=inside)
+            target_at = (row * target_row)[:, None] + target_column[None, :]
+            if TREATMENT == "copy":
+                made = staged
+            elif TREATMENT == "convert":
+                made = _rounded(_widened(staged, BY_HAND), LIVE, BY_HAND)
+            else:
+                values = _widened(staged, BY_HAND)
+                scale = _scales(
+                    job, row, rows, first_column, columns, TILE_COLUMNS // GROUP, PER_ROW, PER_COLUMN, GROUP
+                )
+                made = _quantized(values, scale, TREATMENT, STAGED, PER_COLUMN, GROUP, BY_HAND)
+            tl.store(target + target_at, made, mask=inside)

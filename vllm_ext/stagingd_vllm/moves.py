@@ -156,7 +156,7 @@ class Kind:
         dense: all column strides are 1.
         aligned: and all addresses are multiples of 16 bytes, given a slot that is; columns and strides of 16 elements.
         per_row, per_column: whether the scale depends on the row and on the column.
-        group: of a peak: so many neighbours of a row, counted from a tile's first column, always share a scale.
+        group: so many neighbours of a row, counted from a tile's first column, always share a scale.
     """
 
     staged: str
@@ -288,7 +288,7 @@ def _kind_tables(dtypes: tuple[str, str, Treatment], moves: Sequence[Move]) -> l
     """The tables of moves of the same dtypes and treatment, which may differ in the rest of their kinds."""
     jobs = np.array([_job(move) for move in moves], dtype=np.int64)
     _make_long_rows(jobs)
-    features = np.stack(_features(jobs, dtypes[2]), axis=1)
+    features = np.stack(_features(jobs), axis=1)
     kinds, which = np.unique(features, axis=0, return_inverse=True)
     made = []
     for number, (width, dense, aligned, per_row, per_column, group) in enumerate(kinds.tolist()):
@@ -321,7 +321,7 @@ def _make_long_rows(jobs: Table) -> None:
     jobs[long, Job.SOURCE_ROW] = jobs[long, Job.TARGET_ROW] = jobs[long, Job.COLUMNS]
 
 
-def _features(jobs: Table, treatment: Treatment) -> list[Table]:
+def _features(jobs: Table) -> list[Table]:
     """The fields of Kind that follow from the jobs, one array each."""
     rows, columns = jobs[:, Job.ROWS], jobs[:, Job.COLUMNS]
     per_row, per_column = jobs[:, Job.ROW_CELL] > 0, jobs[:, Job.COLUMN_CELL] > 0
@@ -329,10 +329,8 @@ def _features(jobs: Table, treatment: Treatment) -> list[Table]:
     aligned = [Job.SOURCE, Job.TARGET, Job.COLUMNS, Job.SOURCE_ROW, Job.TARGET_ROW]
     long = dense & (rows == 1) & ~per_row & ~per_column
     width = np.where(long, TILE, _tile_columns(rows, columns))
-    group = np.zeros_like(width)
-    if treatment is Treatment.PEAK:
-        shared = np.gcd(jobs[:, Job.FIRST_COLUMN], jobs[:, Job.COLUMN_CELL])
-        group = np.where(per_column, np.minimum(shared & -shared, width), width)
+    shared = np.gcd(jobs[:, Job.FIRST_COLUMN], jobs[:, Job.COLUMN_CELL])
+    group = np.where(per_column, np.minimum(shared & -shared, width), width)
     return [width, dense, dense & (jobs[:, aligned] % ALIGNMENT == 0).all(axis=1), per_row, per_column, group]
 
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from stagingd.catalog import Catalog
@@ -54,7 +54,7 @@ class Recipe:
         moves: what is written to weights.
         peaks: whose greatest magnitudes are put where their scales will be, before that.
         limits: for all scales that moments tell.
-        spans: the scales, in the order of their numbers; those of one scheme follow each other.
+        spans: the scales, in the order of their numbers: scheme by scheme, those that are found in slices last.
     """
 
     moves: tuple[Move, ...]
@@ -81,8 +81,8 @@ def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> 
             entry, catalog.tensor(entry.tensor).shape, tuple(homes[entry.region.parameter].weight.shape)
         )
     ]
-    firsts = _numbered(plan, homes)
-    moves, peaks, cells, sliced = [], [], list[Cells](), set[str]()
+    moves, peaks, sliced = [], [], set[str]()
+    made: list[tuple[str, int, Cells]] = []
     for matrix, home in cut:
         parameter = matrix.entry.region.parameter
         move = _move(matrix, home, catalog)
@@ -94,25 +94,26 @@ def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> 
             peaks.append(replace(move, treatment=Treatment.PEAK))
             sliced.add(parameter)
         else:
-            first = firsts[parameter] + _leading(matrix, home)
-            cells.append(Cells(found.scale + first, found.cell, found.count))
-    spans = tuple(
-        ScaleSpan(homes[name], scheme, first, name in sliced)
-        for name, first in firsts.items()
-        if (scheme := homes[name].scheme) is not None
-    )
-    count = sum(span.count for span in spans)
-    return Recipe(tuple(moves), tuple(peaks), Limits(cells, count), spans)
+            made.append((parameter, _leading(matrix, home), found))
+    spans = _spans(plan, homes, sliced)
+    cells = [
+        Cells(found.scale + spans[parameter].first + leading, found.cell, found.count)
+        for parameter, leading, found in made
+    ]
+    count = sum(span.count for span in spans.values())
+    return Recipe(tuple(moves), tuple(peaks), Limits(cells, count), tuple(spans.values()))
 
 
-def _numbered(plan: ReadPlan, homes: Mapping[str, Home]) -> dict[str, int]:
-    """The number of each quantized parameter's first scale: scheme by scheme."""
-    quantized = [name for name in plan.parameters if homes[name].scheme is not None]
-    firsts, at = {}, 0
-    for name in sorted(quantized, key=lambda name: homes[name].scheme.name):  # type: ignore[union-attr]
-        firsts[name] = at
-        at += homes[name].scale.numel()  # type: ignore[union-attr]
-    return firsts
+def _spans(plan: ReadPlan, homes: Mapping[str, Home], sliced: Collection[str]) -> dict[str, ScaleSpan]:
+    """The scales of each quantized parameter."""
+    quantized = [
+        (scheme, name in sliced, name) for name in plan.parameters if (scheme := homes[name].scheme) is not None
+    ]
+    spans, at = {}, 0
+    for scheme, from_slice, name in sorted(quantized, key=lambda one: (one[0].name, one[1])):
+        spans[name] = ScaleSpan(homes[name], scheme, at, from_slice)
+        at += spans[name].count
+    return spans
 
 
 def _leading(matrix: Matrix, home: Home) -> int:
