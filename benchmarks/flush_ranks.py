@@ -95,7 +95,7 @@ class Rank:
             self._found.moments_bytes = _moments_bytes(stage)
             self._measure_versions(stage)
             self._found.device_bytes = self._device_peak() - before
-            self._say("versions are measured")
+            self._say(f"versions are measured: {self._found.flush_of_step * 1e3:.1f} ms from publish to sealed")
             self._check(stage)
             self._say("what was staged is right")
             if self._case.steps and SHAPES[self._case.model].trains:

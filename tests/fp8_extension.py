@@ -31,10 +31,8 @@ _custom_ops.scaled_fp8_quant = scaled_fp8_quant  # before the model is loaded
 class Fp8Extension(CheckpointExtension):
     """Also tells what kernels compute."""
 
-    def stagingd_layers(self: Worker) -> dict[str, str]:
-        """By linear layer, its method and kernel."""
-        return {
-            name: f"{type(layer.quant_method).__name__} {type(getattr(layer.quant_method, 'fp8_linear', None)).__name__}"
-            for name, layer in self.get_model().named_modules()
-            if hasattr(layer, "quant_method")
-        }
+    def stagingd_kernels(self: Worker) -> set[str]:
+        """The names of the linear layers' methods and kernels."""
+        methods = [getattr(layer, "quant_method", None) for layer in self.get_model().modules()]
+        kernels = [getattr(method, "fp8_linear", None) for method in methods]
+        return {type(found).__name__ for found in (*methods, *kernels) if found is not None}

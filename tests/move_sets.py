@@ -183,3 +183,21 @@ WIDE = {
     "peaks of blocks": wide(130, 2048, Treatment.PEAK, (128, 128)),
     "peaks of blocks that begin elsewhere": wide(130, 400, Treatment.PEAK, (128, 128), 72),
 }
+
+
+def halfway(treatment: Treatment) -> MoveSet:
+    """Rows of fp32, each of which its scale, an odd number, divides exactly halfway between two FP8 values.
+
+    Times the scale's reciprocal, which is rounded, many of them no longer are.
+    """
+    scales = np.arange(1, 129, dtype=np.float32) * 2 - 1
+    ties = np.concatenate([(np.arange(8, 16) + 0.5) * 2.0**power for power in range(-6, 2)]).astype(np.float32)
+    staged = scales[:, None] * ties[None, :]
+    live = np.concatenate([scales.view(np.uint8), np.full(staged.size + GAP, CANARY, dtype=np.uint8)])
+    live = np.concatenate([live, np.full(-live.size % GAP, CANARY, dtype=np.uint8)])
+    rows, columns = staged.shape
+    place = Scales(0, row_cell=1)
+    move = Move(
+        0, columns, 1, rows, columns, scales.nbytes, columns, 1, "float32", QUANTIZED[treatment], treatment, place
+    )
+    return MoveSet([move], torch.from_numpy(staged.view(np.uint8).reshape(-1)), torch.from_numpy(live))

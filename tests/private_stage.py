@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,8 +69,7 @@ def by_rows(shape: Sequence[int], ranks: int) -> list[Box]:
     step = -(-shape[0] // ranks)
     starts = [min(rank * step, shape[0]) for rank in range(ranks + 1)]
     return [
-        Box((start, *(0 for _ in shape[1:])), (end - start, *shape[1:]))
-        for start, end in zip(starts, starts[1:], strict=False)
+        Box((start, *(0 for _ in shape[1:])), (end - start, *shape[1:])) for start, end in itertools.pairwise(starts)
     ]
 
 
@@ -78,8 +78,7 @@ def by_columns(shape: Sequence[int], ranks: int) -> list[Box]:
     step = -(-shape[-1] // ranks)
     starts = [min(rank * step, shape[-1]) for rank in range(ranks + 1)]
     return [
-        Box((*(0 for _ in shape[:-1]), start), (*shape[:-1], end - start))
-        for start, end in zip(starts, starts[1:], strict=False)
+        Box((*(0 for _ in shape[:-1]), start), (*shape[:-1], end - start)) for start, end in itertools.pairwise(starts)
     ]
 
 

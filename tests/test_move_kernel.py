@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from move_sets import FLOATS, QUANTIZED, WIDE, MoveSet, aligned, move_sets, values, wide
+from move_sets import FLOATS, QUANTIZED, WIDE, MoveSet, aligned, halfway, move_sets, values, wide
 from stagingd_vllm.move_reference import run_moves
 from stagingd_vllm.moves import ALIGNMENT, Kind, Move, MoveRefused, Scales, Treatment, table
 
@@ -102,6 +102,11 @@ def test_fp32_is_quantized_alike(treatment: Treatment) -> None:
 def test_aligned_matrices_are_moved_alike(case: str) -> None:
     assert table(WIDE[case].at(ALIGNMENT))[0].kind.aligned
     assert torch.equal(by_kernel(WIDE[case], programs=3), by_reference(WIDE[case]))
+
+
+@pytest.mark.parametrize("treatment", QUANTIZED)
+def test_halfway_cases_are_quantized_alike(treatment: Treatment) -> None:
+    assert torch.equal(by_kernel(halfway(treatment)), by_reference(halfway(treatment)))
 
 
 def test_a_nan_is_the_greatest_peak() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from move_sets import MoveSet, aligned, move_sets
+from move_sets import MoveSet, aligned, halfway, move_sets
 from stagingd_vllm.exactness import cell_amax
 from stagingd_vllm.move_reference import run_moves
 from stagingd_vllm.moves import ALIGNMENT, JOB_COLUMNS, TILE, Job, Move, MoveRefused, Scales, Treatment, table
@@ -120,6 +120,13 @@ def _spelled_out(raw: np.ndarray, move: Move, live: np.ndarray, row: np.ndarray,
 @given(move_sets())
 def test_the_reference_does_what_is_spelled_out_here_and_nothing_else(made: MoveSet) -> None:
     assert np.array_equal(after(made).numpy(), spelled_out(made))
+
+
+def test_multiplying_by_a_reciprocal_is_not_dividing() -> None:
+    multiplied, divided = halfway(Treatment.MULTIPLY), halfway(Treatment.DIVIDE)
+    assert np.array_equal(after(multiplied).numpy(), spelled_out(multiplied))
+    assert np.array_equal(after(divided).numpy(), spelled_out(divided))
+    assert not torch.equal(after(multiplied), after(divided))
 
 
 @settings(deadline=None, max_examples=40)

@@ -20,6 +20,7 @@ from stagingd_vllm.receiver import LayoutChanged, Receiver
 from stagingd_vllm.scales import ScaleRule
 
 from stagingd.boxes import Box, whole
+from stagingd.errors import OutOfOrder
 from stagingd.moments import Grid
 
 HIDDEN, HEADS, KV, INNER, EXPERTS, WORDS = 192, 256, 128, 320, 3, 40
@@ -130,27 +131,17 @@ def expected_dense(weight: torch.Tensor, group: torch.Tensor, scheme: str) -> tu
 def check(worker: Parallel, full: Mapping[str, torch.Tensor]) -> None:
     """Every live byte and scale."""
     dense = "plain" if worker.scheme.startswith("int8") else worker.scheme
-    layers = {
-        "qkv": (torch.cat([full["q"], full["k"], full["v"]]), worker.model.qkv),
-        "o": (full["o"], worker.model.o),
-        "zero": (full["zero"], worker.model.zero),
-    }
-    for name, (group, layer) in layers.items():
+    layers = {"qkv": torch.cat([full["q"], full["k"], full["v"]]), "o": full["o"], "zero": full["zero"]}
+    for name, group in layers.items():
+        layer = getattr(worker.model, name)
         live = layer.weight.t() if dense in ("fp8_per_tensor", "fp8_per_channel") else layer.weight
         loaded = worker.loaded(f"{name}.weight", tuple(live.shape), full)
-        if dense == "fp8_per_channel" and name == "qkv":
-            group = loaded  # its rows are whole
         if dense == "plain":
             assert live.cpu().equal(loaded), name
-        else:
-            same(
-                live,
-                layer.weight_scale_inv if dense == "fp8_per_block" else layer.weight_scale,
-                name,
-                loaded,
-                group,
-                dense,
-            )
+            continue
+        scale = layer.weight_scale_inv if dense == "fp8_per_block" else layer.weight_scale
+        rows_are_whole = dense == "fp8_per_channel" and name == "qkv"
+        same(live, scale, name, loaded, loaded if rows_are_whole else group, dense)
     for weight, parts in (("w13", ("gate", "up")), ("w2", ("down",))):
         live = getattr(worker.model.experts, f"{weight}_weight")
         loaded = worker.loaded(f"experts.{weight}_weight", tuple(live.shape), full)
@@ -234,11 +225,11 @@ def test_an_unknown_kernel_or_method_or_backend_is_refused_by_name(stage: Privat
     ):
         worker = Parallel("fp8_per_tensor", 0, 1)
         setattr(getattr(worker.model, layer).quant_method, attribute, type(found, (), {"name": found})())
-        with pytest.raises(LayoutUnknown, match=f"layer {layer} .*{found}"):
+        with pytest.raises(LayoutUnknown, match=rf"layer {layer} .*{found}"):
             Receiver(worker.model, worker.plan, stage)
     worker = Parallel("fp8_per_tensor", 0, 1)
     worker.model.o.quant_method = type("AWQMarlinLinearMethod", (), {})()
-    with pytest.raises(LayoutUnknown, match="layer o .*AWQMarlinLinearMethod"):
+    with pytest.raises(LayoutUnknown, match=r"layer o .*AWQMarlinLinearMethod"):
         Receiver(worker.model, worker.plan, stage)
 
 
@@ -246,5 +237,5 @@ def test_a_stage_without_the_grid_that_a_scheme_needs_is_refused() -> None:
     full = tensors(0)
     with private_stage(full, grids=(Grid.TENSOR,)) as stage:
         worker = Parallel("fp8_per_channel", 0, 1)
-        with pytest.raises(Exception, match="keeps no moments of tensor 'q'.*'row'"):
+        with pytest.raises(OutOfOrder, match=r"keeps no moments of tensor 'q'.*'row'"):
             Receiver(worker.model, worker.plan, stage)

@@ -12,7 +12,7 @@ import torch
 from stagingd import pinning
 from stagingd.errors import DeviceUnusable
 from stagingd_vllm.move_reference import run_moves
-from stagingd_vllm.moves import Move, table
+from stagingd_vllm.moves import Move, MoveRefused, table
 
 
 class Carrier(Protocol):
@@ -45,9 +45,15 @@ class DeviceCarrier:
         from stagingd_vllm.gpu_moves import MovesOnGpu
 
         self._moves = MovesOnGpu(table(moves), device)
+        self._end = max((move.source_end for move in moves), default=0)
 
     def carry(self, slot: torch.Tensor) -> None:
-        """Start the kernels on the current stream."""
+        """Start the kernels on the current stream. Raises MoveRefused: the slot is too small for the moves."""
+        if slot.numel() < self._end:
+            raise MoveRefused(
+                f"moves reach to byte {self._end} of a slot of {slot.numel()}",
+                remedy="detach from the stage and attach again",
+            )
         self._moves.run(slot.data_ptr())
 
 

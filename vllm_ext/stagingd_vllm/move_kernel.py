@@ -37,7 +37,7 @@ def _fp8(values, BY_HAND: tl.constexpr):
         bits = magnitude.to(tl.uint32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         # Below 2**-6 a step is 2**-9, as in fp32 from 2**14 to 2**15.
-        small = (magnitude + 16383.0).to(tl.uint32, bitcast=True) - 0x46800000
+        small = (magnitude + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
         made = (sign | tl.where(magnitude < 0.015625, small, normal)).to(tl.uint8)
     else:
         made = kept.to(tl.float8e4nv).to(tl.uint8, bitcast=True)

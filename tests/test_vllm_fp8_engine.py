@@ -1,0 +1,95 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""A real vLLM engine that quantizes to FP8, at tensor-parallel size 2: versions in place are its own loader's, in every
+byte and scale."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stagingd_vllm.answers import checked
+
+pytestmark = pytest.mark.vllm
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=1021,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    paths = [tmp_path_factory.mktemp("checkpoint") for _ in range(2)]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints: list[Path]) -> Iterator[Any]:
+    """An engine that runs the first checkpoint."""
+    vllm = pytest.importorskip("vllm")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(RANKS))))
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        environment.setenv("TORCHDYNAMO_DISABLE", "1")  # the quantization of activations is compiled otherwise
+        llm = vllm.LLM(
+            str(checkpoints[0]),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=256,
+            gpu_memory_utilization=0.2,
+            tensor_parallel_size=RANKS,
+            quantization="fp8_per_tensor",
+            worker_extension_cls="fp8_extension.Fp8Extension",
+        )
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+
+
+def generated(llm: Any, prompt: list[int]) -> list[tuple[int, float]]:
+    """Greedy tokens with their log-probabilities. One prompt at a time: activations share a scale with their batch."""
+    sampling = type(llm.get_default_sampling_params())(temperature=0, max_tokens=8, logprobs=1, detokenize=False)
+    llm.reset_prefix_cache()
+    output = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)[0].outputs[0]
+    return [(token, step[token].logprob) for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+
+
+def test_fp8_in_place_equals_vllms_own_loading_bit_for_bit_on_both_ranks(engine: Any, checkpoints: list[Path]) -> None:
+    prompt = [1, 5, 9, 7, *range(20, 60)]
+    kernels = engine.collective_rpc("stagingd_kernels")[0]
+    assert {"Fp8PerTensorOnlineLinearMethod", "PerTensorTorchFP8ScaledMMLinearKernel"} <= kernels
+    loaded, before = engine.collective_rpc("stagingd_weights"), generated(engine, prompt)
+    stage = os.pathsep.join(map(str, checkpoints))
+    summaries = checked(engine.collective_rpc("stagingd_attach", kwargs={"stage": stage}))
+    assert all(summary["bytes_per_update"] < 0.51 * summary["bytes_of_stage"] for summary in summaries)
+
+    checked(engine.collective_rpc("stagingd_update", kwargs={"version": 2}))
+    updated, after = engine.collective_rpc("stagingd_weights"), generated(engine, prompt)
+    assert after != before
+    checked(engine.collective_rpc("stagingd_update", kwargs={"version": 1}))
+    assert engine.collective_rpc("stagingd_weights") == loaded  # as they were loaded, and where they were
+    assert generated(engine, prompt) == before
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
+    assert engine.collective_rpc("stagingd_weights") == updated
+    assert generated(engine, prompt) == after
+    engine.collective_rpc("stagingd_detach")
