@@ -3,19 +3,21 @@
 """The read plan: which box of which staged tensor goes to which region of which live parameter of one worker.
 
 Nothing here imports torch or vLLM: a plan is made from what a trace of the model's own loader recorded
-(``tracing.py``), and what the record does not explain is refused.
+(``tracing.py``). What the loader computes is set apart, and what the record does not explain is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagingd.boxes import Box, Shape, intersect, overlapping, uncovered
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.errors import StagingError
-from stagingd_vllm.views import View, align, box_of
+from stagingd_vllm.views import View, align, box_of, join_adjacent
 
 
 class PlanRefused(StagingError):
@@ -52,12 +54,16 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class PlanEntry:
-    """One read: a box of a staged tensor (of ``dtype``), and the region of the same shape that takes it."""
+    """One read: a box of a staged tensor (of ``dtype``), and the region of the same shape that takes it.
+
+    ``cast`` is the parameter's dtype where it is another one: each element is converted as it is written.
+    """
 
     tensor: str
     dtype: str
     source: Box
     region: Region
+    cast: str | None = None
 
     @property
     def bytes(self) -> int:
@@ -66,48 +72,72 @@ class PlanEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A staged tensor (of so many bytes) that only the model's own loader can take, and why.
+
+    ``parameters`` are all that it ends in. The computed tensors of a plan together fill all of their parameters,
+    when they are given to ``load_weights`` whole, in this order and under their aliases too.
+    """
+
+    tensor: str
+    bytes: int
+    parameters: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Write:
-    """What a loader did to one parameter: a copy from a staged tensor, or a constant when ``tensor`` is None."""
+    """What a loader did to one parameter: a copy from a staged tensor, or a constant when ``tensor`` is None.
+
+    ``cast`` is the parameter's dtype where the staged tensor has another. ``computed`` tells what the loader did
+    that is more than a copy; ``source`` then has no meaning. A write without elements tells that the loader knows
+    the tensor, and that it has nothing for this rank.
+    """
 
     parameter: str
     target: View
     tensor: str | None = None
     source: View = field(default=View(0, (), ()))
+    cast: str | None = None
+    computed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """All reads of one worker, in the order in which the loader made them.
+    """All reads of one worker, in the order in which they lie in the stage.
 
     ``unread`` names the staged tensors of which this worker reads nothing: those whose parameter is tied to
-    another one, and those that lie on other ranks altogether.
+    another one, and those that lie on other ranks altogether. ``computed`` are those that are not read in boxes but
+    have to go through the model's own loader.
     """
 
     entries: tuple[PlanEntry, ...]
     staged_bytes: int
     unread: tuple[str, ...] = ()
+    computed: tuple[Computed, ...] = ()
 
     @property
     def bytes_per_update(self) -> int:
         """Bytes that this worker reads of each version."""
-        return sum(entry.bytes for entry in self.entries)
+        return sum(entry.bytes for entry in self.entries) + sum(tensor.bytes for tensor in self.computed)
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """The staged tensors that are read, each once."""
+        """The staged tensors that are read in boxes, each once."""
         return tuple(dict.fromkeys(entry.tensor for entry in self.entries))
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The live parameters that are written, each once."""
+        """The live parameters that are written by entries, each once."""
         return tuple(dict.fromkeys(entry.region.parameter for entry in self.entries))
 
     def __str__(self) -> str:
         read, staged = self.bytes_per_update, self.staged_bytes
         share = f" ({read / staged:.0%})" if staged else ""
+        computed = f", and {len(self.computed)} tensors by the model's own loader" if self.computed else ""
         return (
-            f"{len(self.entries)} reads of {len(self.tensors)} tensors into {len(self.parameters)} parameters: "
-            f"{read:,} of {staged:,} bytes{share} per version"
+            f"{len(self.entries)} reads of {len(self.tensors)} tensors into {len(self.parameters)} parameters"
+            f"{computed}: {read:,} of {staged:,} bytes{share} per version"
         )
 
 
@@ -116,37 +146,44 @@ def make_plan(
     staged: Mapping[str, StagedTensor],
     parameters: Mapping[str, Shape],
     aliases: Mapping[str, str],
+    elsewhere: Collection[str] = (),
+    *,
+    allow_computed: bool = False,
 ) -> ReadPlan:
     """Turns what a loader did into a plan, and refuses what is incomplete or ambiguous.
 
     Args:
         writes: every write to a parameter, in order, under the parameter's name in ``parameters``.
-        staged: every tensor of the stage.
+        staged: every tensor of the stage, in the order in which they lie in it.
         parameters: shape of every contiguous parameter that has to be filled.
         aliases: further names of parameters that share another one's memory -> that one's name.
+        elsewhere: staged tensors of which it is known that they belong to other ranks alone.
+        allow_computed: whether the caller can take tensors through the model's own loader.
 
     Raises:
-        PlanRefused: a view is not a box; a region is written by two reads, or overwritten by a constant; a
-            parameter is not filled; a staged tensor goes nowhere. Names the tensor or parameter.
+        PlanRefused: a loader computes, unless that is allowed; a region is written by two reads; a parameter is
+            not filled; a staged tensor goes nowhere. Names the tensor or parameter.
     """
     history = tuple(writes)
-    copies = {name: list[PlanEntry]() for name in parameters}
-    constants = {name: list[Box]() for name in parameters}
-    for write in history:
-        if not write.target.volume:
-            continue
-        if write.tensor is None:
-            constants[write.parameter].append(_constant(write, parameters, copies[write.parameter]))
-        else:
-            copies[write.parameter].append(_entry(write, staged[write.tensor]))
-    for name, shape in parameters.items():
-        _check_filled(name, shape, tuple(dict.fromkeys(copies[name])), constants[name])
     taken = {write.tensor for write in history}
-    _check_taken([name for name in staged if name not in taken], aliases)
-    entries = tuple(dict.fromkeys(entry for name in parameters for entry in copies[name]))
-    read = {entry.tensor for entry in entries}
+    _check_taken([name for name in staged if name not in taken and name not in elsewhere], aliases)
+    steps: dict[str, list[_Step]] = {name: [] for name in parameters}
+    for write in history:
+        if write.target.volume:
+            steps[write.parameter].append(_step(write, staged, parameters[write.parameter]))
+    reasons = _reasons(steps)
+    if reasons and not allow_computed:
+        raise _computes(*next(iter(reasons.items())))
+    apart = _computed_parameters(steps, reasons)
+    for name, shape in parameters.items():
+        _check_filled(name, shape, steps[name], may_overlap=name in apart)
+    entries = [entry for name in parameters if name not in apart for entry in _joined(steps[name])]
+    order = {name: index for index, name in enumerate(staged)}
+    entries.sort(key=lambda entry: (order[entry.tensor], entry.source.offsets))
+    computed = _computed(staged, steps, reasons, apart)
+    read = {entry.tensor for entry in entries} | {tensor.tensor for tensor in computed}
     unread = tuple(name for name in staged if name not in read)
-    return ReadPlan(entries, sum(tensor.bytes for tensor in staged.values()), unread)
+    return ReadPlan(tuple(entries), sum(tensor.bytes for tensor in staged.values()), unread, computed)
 
 
 def plan_with_aliases(derive: Callable[[Mapping[str, str]], ReadPlan], aliases: Mapping[str, str]) -> ReadPlan:
@@ -173,18 +210,28 @@ def plan_with_aliases(derive: Callable[[Mapping[str, str]], ReadPlan], aliases: 
             raise (refused if also.context.get("tensor") in aliases else also) from None
 
 
-def _entry(write: Write, tensor: StagedTensor) -> PlanEntry:
-    name = write.tensor or ""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A write that moves elements: where to, and the read that repeats it, if one does, or why none does."""
+
+    write: Write
+    box: Box
+    entry: PlanEntry | None
+    reason: str | None
+
+
+def _step(write: Write, staged: Mapping[str, StagedTensor], shape: Shape) -> _Step:
+    box = _target_box(write.parameter, write.target, shape)
+    if write.tensor is None or write.computed is not None:
+        return _Step(write, box, None, write.computed)
+    tensor = staged[write.tensor]
     aligned = align(write.source, write.target, tensor.shape)
     if aligned is None:
-        raise PlanRefused(
-            f"what the loader copies from {name} {tensor.shape} to {write.parameter} is not a box: {write.source}",
-            remedy="only slices, transpositions and reshapes of whole boxes can be read in place",
-            tensor=name,
-            parameter=write.parameter,
-        )
-    box, region = aligned
-    return PlanEntry(name, tensor.dtype, box, Region(write.parameter, region.offset, region.shape, region.stride))
+        what = f"what the loader copies from {write.tensor} {tensor.shape} to {write.parameter} is not a box"
+        return _Step(write, box, None, f"{what}: {write.source}")
+    source, target = aligned
+    region = Region(write.parameter, target.offset, target.shape, target.stride)
+    return _Step(write, box, PlanEntry(write.tensor, tensor.dtype, source, region, write.cast), None)
 
 
 def _target_box(parameter: str, target: View, shape: Shape) -> Box:
@@ -198,30 +245,76 @@ def _target_box(parameter: str, target: View, shape: Shape) -> Box:
     return box
 
 
-def _constant(write: Write, parameters: Mapping[str, Shape], earlier: Sequence[PlanEntry]) -> Box:
-    box = _target_box(write.parameter, write.target, parameters[write.parameter])
-    for entry in earlier:
-        if intersect(box, _entry_box(entry, parameters[write.parameter])):
-            raise PlanRefused(
-                f"the loader fills {box} of {write.parameter} with a constant after copying {entry.tensor} there",
-                remedy="a read in place would bring back what the loader removed; use vLLM's own loader",
-                parameter=write.parameter,
-                tensor=entry.tensor,
-                box=box,
-            )
-    return box
+def _reasons(steps: Mapping[str, Sequence[_Step]]) -> dict[str, str]:
+    """Why tensors cannot be read in boxes, for those that cannot."""
+    reasons: dict[str, str] = {}
+    for name, history in steps.items():
+        for i, step in enumerate(history):
+            if step.write.tensor is not None and step.reason is not None:
+                reasons.setdefault(step.write.tensor, step.reason)
+            if step.write.tensor is not None:
+                continue
+            for earlier in history[:i]:
+                if earlier.write.tensor is not None and intersect(step.box, earlier.box):
+                    what = f"the loader fills {step.box} of {name} with a constant after copying"
+                    reasons.setdefault(earlier.write.tensor, f"{what} {earlier.write.tensor} there")
+    return reasons
 
 
-def _entry_box(entry: PlanEntry, shape: Shape) -> Box:
-    region = entry.region
-    return _target_box(region.parameter, View(region.offset, region.shape, region.stride), shape)
+def _computes(tensor: str, reason: str) -> PlanRefused:
+    return PlanRefused(
+        reason,
+        remedy="such a tensor cannot be read in place; only the model's own loader can take it",
+        tensor=tensor,
+    )
 
 
-def _check_filled(name: str, shape: Shape, entries: Sequence[PlanEntry], constants: Sequence[Box]) -> None:
-    boxes = [_entry_box(entry, shape) for entry in entries]
-    double = overlapping(boxes)
+def _computed_parameters(steps: Mapping[str, Sequence[_Step]], reasons: Mapping[str, str]) -> set[str]:
+    """The parameters that the tensors with a reason end in, and all that hang together with these.
+
+    A parameter is filled wholly by one way. So whatever else goes into it goes the same way, and with it the other
+    parameters that this goes into.
+    """
+    writers = {name: {s.write.tensor for s in history if s.write.tensor} for name, history in steps.items()}
+    written: defaultdict[str, set[str]] = defaultdict(set)
+    for name, tensors in writers.items():
+        for tensor in tensors:
+            written[tensor].add(name)
+    found: set[str] = set()
+    todo = [name for tensor in reasons for name in written[tensor]]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += [other for tensor in writers[name] for other in written[tensor]]
+    return found
+
+
+def _computed(
+    staged: Mapping[str, StagedTensor],
+    steps: Mapping[str, Sequence[_Step]],
+    reasons: Mapping[str, str],
+    apart: Collection[str],
+) -> tuple[Computed, ...]:
+    """The tensors that end in these parameters, in the order of the stage."""
+    ends: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for name in steps:
+        if name in apart:
+            for step in steps[name]:
+                if step.write.tensor is not None:
+                    ends[step.write.tensor][name] = None
+    return tuple(
+        Computed(name, tensor.bytes, tuple(ends[name]), reasons.get(name) or f"it shares {next(iter(ends[name]))}")
+        for name, tensor in staged.items()
+        if name in ends
+    )
+
+
+def _check_filled(name: str, shape: Shape, steps: Sequence[_Step], *, may_overlap: bool) -> None:
+    reads = list({step.entry: step for step in steps if step.entry is not None}.values())
+    double = None if may_overlap else overlapping([step.box for step in reads])
     if double is not None:
-        first, second = entries[double[0]].tensor, entries[double[1]].tensor
+        first, second = reads[double[0]].write.tensor, reads[double[1]].write.tensor
         raise PlanRefused(
             f"{double[2]} of parameter {name} is written from {first} and from {second}",
             remedy="stage only one of the two",
@@ -229,7 +322,9 @@ def _check_filled(name: str, shape: Shape, entries: Sequence[PlanEntry], constan
             tensor=second,
             box=double[2],
         )
-    missing = uncovered(shape, [*boxes, *constants])
+    if not may_overlap and sum(step.box.volume for step in reads) == math.prod(shape):
+        return
+    missing = uncovered(shape, sorted(step.box for step in steps))
     if missing is not None:
         raise PlanRefused(
             f"no staged tensor fills {missing} of parameter {name} {shape}",
@@ -237,6 +332,20 @@ def _check_filled(name: str, shape: Shape, entries: Sequence[PlanEntry], constan
             parameter=name,
             box=missing,
         )
+
+
+def _joined(steps: Iterable[_Step]) -> list[PlanEntry]:
+    """The reads of one parameter, each once; those that continue each other are made one."""
+    alike: defaultdict[tuple[object, ...], list[PlanEntry]] = defaultdict(list)
+    for entry in dict.fromkeys(step.entry for step in steps if step.entry is not None):
+        alike[entry.tensor, entry.region.parameter].append(entry)
+    joined: list[PlanEntry] = []
+    for entries in alike.values():
+        parts = [(e.source, View(e.region.offset, e.region.shape, e.region.stride)) for e in entries]
+        for box, view in join_adjacent(parts):
+            region = Region(entries[0].region.parameter, view.offset, view.shape, view.stride)
+            joined.append(dataclasses.replace(entries[0], source=box, region=region))
+    return joined
 
 
 def _check_taken(untaken: Sequence[str], aliases: Mapping[str, str]) -> None:

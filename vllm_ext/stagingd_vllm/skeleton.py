@@ -4,18 +4,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
+from vllm.model_executor.layers.fused_moe import expert_map_manager
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from stagingd.boxes import Shape
 from stagingd_vllm.layouts import Home, homes
+from stagingd_vllm.pipeline import on_other_stages
 from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan, plan_with_aliases
 from stagingd_vllm.tracing import LoadWeights, trace_loader
 
@@ -52,7 +55,7 @@ def _derive(
     staged: Mapping[str, StagedTensor],
     staged_aliases: Mapping[str, str],
 ) -> ReadPlan:
-    skeleton = _build_skeleton(vllm_config)
+    skeleton = build_skeleton(vllm_config)
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     owners = _owners(live, parameters)
     writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters, staged_aliases)
@@ -61,10 +64,10 @@ def _derive(
     owned = [dataclasses.replace(write, parameter=owners[write.parameter]) for write in writes]
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in parameters.items() if owners[name] == name}
     aliases = {name: owner for name, owner in owners.items() if name != owner}
-    return make_plan(owned, staged, shapes, aliases)
+    return make_plan(owned, staged, shapes, aliases, on_other_stages(skeleton, staged))
 
 
-def _build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
+def build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
     """The same model for the same rank on the meta device, in the layout that its loader expects."""
     config = copy.copy(vllm_config)
     config.model_config = copy.deepcopy(vllm_config.model_config)
@@ -75,7 +78,7 @@ def _build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
     config.compilation_config.static_forward_context = {}
     config.compilation_config.static_all_moe_layers = []
     config.compilation_config.mode = CompilationMode.NONE
-    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"), _expert_maps_in_memory():
         try:
             skeleton: torch.nn.Module = initialize_model(vllm_config=config)
         except _CONSTRUCTOR_ERRORS as error:
@@ -84,6 +87,25 @@ def _build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
                 remedy="its constructor computes with weights; load this model with vLLM's own loader",
             ) from error
     return skeleton
+
+
+@contextlib.contextmanager
+def _expert_maps_in_memory() -> Iterator[None]:
+    """Lets the constructor and the weight loaders of layers with experts look up which of them are local.
+
+    The table is a tensor, made on the default device and read element by element: it has to have its memory.
+    """
+    determine = expert_map_manager.determine_expert_map
+
+    def in_memory(*args: object, **kwargs: object) -> object:
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    expert_map_manager.determine_expert_map = in_memory
+    try:
+        yield
+    finally:
+        expert_map_manager.determine_expert_map = determine
 
 
 def _owners(live: Mapping[str, Home], skeleton: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -9,7 +9,8 @@ end is an offset, a size and a stride on either side of the copy; here they beco
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from stagingd.boxes import Box, Shape
@@ -75,6 +76,60 @@ def box_of(view: View, shape: Sequence[int]) -> Box | None:
     """The box that a view addresses in a row-major tensor of this shape, or None when it is not one."""
     aligned = align(view, view, shape)
     return aligned[0] if aligned else None
+
+
+def join_adjacent(parts: Iterable[tuple[Box, View]]) -> list[tuple[Box, View]]:
+    """The same copies in fewer: boxes of one tensor that continue each other, and whose targets do so too, are one.
+
+    Args:
+        parts: disjoint boxes of one tensor, each with the target of its elements, as ``align`` gives them.
+
+    Returns:
+        Boxes and targets of which the same holds, in the order of the boxes' offsets.
+    """
+    joined = list(parts)
+    count = 0
+    while len(joined) > 1 and count != len(joined):
+        count = len(joined)
+        for d in reversed(range(len(joined[0][0].offsets))):
+            joined = _joined_along(joined, d)
+    return sorted(joined, key=lambda part: part[0].offsets)
+
+
+def _joined_along(parts: list[tuple[Box, View]], d: int) -> list[tuple[Box, View]]:
+    abreast: defaultdict[tuple[Shape, Shape], list[tuple[Box, View]]] = defaultdict(list)
+    for part in parts:
+        abreast[_with(part[0].offsets, d, 0), _with(part[0].lengths, d, 0)].append(part)
+    joined: list[tuple[Box, View]] = []
+    for row in abreast.values():
+        row.sort(key=lambda part: part[0].offsets[d])
+        last = row[0]
+        for part in row[1:]:
+            both = _continued(last, part, d)
+            if both is None:
+                joined.append(last)
+            last = both or part
+        joined.append(last)
+    return joined
+
+
+def _continued(first: tuple[Box, View], second: tuple[Box, View], d: int) -> tuple[Box, View] | None:
+    """Two copies as one, where the second continues the first along dim ``d`` on both sides, or None."""
+    (box, target), (next_box, next_target) = first, second
+    size, next_size = box.lengths[d], next_box.lengths[d]
+    step, rest = divmod(next_target.offset - target.offset, size)
+    if box.offsets[d] + size != next_box.offsets[d] or rest or step <= 0:
+        return None
+    strides = target.stride if size > 1 else _with(target.stride, d, step)
+    next_strides = next_target.stride if next_size > 1 else _with(next_target.stride, d, step)
+    if strides[d] != step or strides != next_strides:
+        return None
+    lengths = _with(box.lengths, d, size + next_size)
+    return Box(box.offsets, lengths), View(target.offset, lengths, strides)
+
+
+def _with(values: Shape, d: int, value: int) -> Shape:
+    return (*values[:d], value, *values[d + 1 :])
 
 
 def _coordinates(offset: int, shape: Sequence[int]) -> Shape:
