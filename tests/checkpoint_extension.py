@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 
-import stagingd_vllm.extension
+import stagingd_vllm.attachment
 import torch
 from private_stage import PrivateLease, by_rows, private_stage
 from safetensors.torch import load_file
@@ -51,7 +51,7 @@ class CheckpointReader:
         self._undo.close()
 
 
-stagingd_vllm.extension.Reader = CheckpointReader  # type: ignore[assignment, attr-defined]
+stagingd_vllm.attachment.Reader = CheckpointReader  # type: ignore[assignment, attr-defined]
 
 
 class CheckpointExtension(StagingdWorkerExtension):

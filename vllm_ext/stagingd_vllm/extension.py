@@ -2,43 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM worker extension: ``LLM(..., worker_extension_cls="stagingd_vllm.extension.StagingdWorkerExtension")``.
 
-A thin shim over reader, plan and receiver, called by
+A thin shim over ``attachment.py``, called by
 ``checked(llm.collective_rpc("stagingd_update", kwargs={...}))`` (see ``answers.py`` for ``checked``).
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from typing import Protocol
 
 import torch
-from vllm.config import ParallelConfig, VllmConfig
-from vllm.distributed.parallel_state import get_tp_group
+from vllm.config import VllmConfig
 
-from stagingd.errors import OutOfOrder, StagingError
+from stagingd.errors import OutOfOrder
 from stagingd_vllm.answers import Answer, answering
+from stagingd_vllm.attachment import Attachment
 from stagingd_vllm.plain_parameters import keep_plain_parameters
-from stagingd_vllm.plan import StagedTensor
-from stagingd_vllm.reader import Reader
-from stagingd_vllm.receiver import Receiver
-from stagingd_vllm.skeleton import derive_plan
+from stagingd_vllm.versions import EngineNotSupported
+
+__all__ = ["EngineNotSupported", "StagingdWorkerExtension", "attachment_of"]
 
 keep_plain_parameters()
-
-
-class EngineNotSupported(StagingError):
-    """The engine is spread over its workers in a way that the reader does not know."""
-
-    code = "engine_not_supported"
-
-
-@dataclasses.dataclass(frozen=True)
-class Attachment:
-    """What a worker holds while it is attached to a stage."""
-
-    reader: Reader
-    receiver: Receiver
 
 
 class Worker(Protocol):
@@ -72,26 +55,24 @@ class StagingdWorkerExtension:
             timeout_s: seconds to wait for the stage to be declared.
 
         Returns:
-            rank, ranks, tensors, entries, bytes_per_update, bytes_of_stage and a readable plan.
+            rank, ranks, engine, tensors, entries, bytes_per_update, bytes_of_stage and a readable plan.
 
         Raises:
             OutOfOrder: already attached.
-            EngineNotSupported: pipeline or data parallelism.
+            EngineNotSupported: the engine is spread over its workers in a way that is not known.
             PlanRefused: the stage does not fit the model, or the model is of a kind that is not understood.
         """
         if self.stagingd_attachment is not None:
             raise OutOfOrder("this worker is attached to a stage already", remedy="call stagingd_detach first")
-        rank, ranks = _place(self.vllm_config.parallel_config)
-        with contextlib.ExitStack() as undo:
-            reader = Reader.attach(stage, engine=engine, rank=rank, ranks=ranks, socket=socket, timeout_s=timeout_s)
-            undo.callback(reader.close)
-            model = self.get_model()
-            staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
-            aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
-            receiver = Receiver(model, derive_plan(model, self.vllm_config, staged, aliases), reader)
-            undo.pop_all()
-        self.stagingd_attachment = Attachment(reader, receiver)
-        return {"rank": rank, "ranks": ranks, **_summary(receiver)}
+        self.stagingd_attachment = Attachment.to(
+            stage,
+            model=self.get_model(),
+            vllm_config=self.vllm_config,
+            socket=socket,
+            engine=engine,
+            timeout_s=timeout_s,
+        )
+        return self.stagingd_attachment.summary()
 
     @answering
     def stagingd_update(
@@ -99,20 +80,19 @@ class StagingdWorkerExtension:
     ) -> Answer:
         """Applies a version: the newest, or ``version``, or the first that is newer than ``newer_than``.
 
-        The engine does not generate while it waits for the version.
+        The engine does not generate while it waits for the version. It still has the keys and values that the
+        weights before made of prompts: call its ``reset_prefix_cache``, or have paused it with ``clear_cache``.
 
         Returns:
             version, entries, bytes_read, and milliseconds spent on reading.
 
         Raises:
-            OutOfOrder: not attached.
+            OutOfOrder: not attached, or the engine sleeps.
             DeadlineExceeded: no such version within ``timeout_s`` seconds.
             LayoutChanged: a live parameter is not where it was; nothing was written.
             LeaseLost: the weights may be a mixture of two versions; update again before generating.
         """
-        attachment = attachment_of(self)
-        lease = attachment.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
-        report = attachment.receiver.apply(lease)
+        report = attachment_of(self).update(version=version, newer_than=newer_than, timeout_s=timeout_s)
         return {
             "version": report.version,
             "entries": report.entries,
@@ -121,15 +101,14 @@ class StagingdWorkerExtension:
         }
 
     def stagingd_version(self: Worker) -> int | None:
-        """The version that the weights hold, or None when they hold none of the stage's."""
-        return self.stagingd_attachment.receiver.version if self.stagingd_attachment else None
+        """The version that the weights hold, or None when they hold none of the stage's (``Attachment.version``)."""
+        return self.stagingd_attachment.version if self.stagingd_attachment else None
 
     def stagingd_detach(self: Worker) -> None:
         """Leaves the stage; the weights stay as they are. Does nothing when not attached."""
         attachment, self.stagingd_attachment = self.stagingd_attachment, None
         if attachment is not None:
-            attachment.receiver.close()
-            attachment.reader.close()
+            attachment.detach()
 
 
 def attachment_of(worker: Worker) -> Attachment:
@@ -141,27 +120,3 @@ def attachment_of(worker: Worker) -> Attachment:
     if worker.stagingd_attachment is None:
         raise OutOfOrder("this worker is attached to no stage", remedy="call stagingd_attach first")
     return worker.stagingd_attachment
-
-
-def _place(parallel: ParallelConfig) -> tuple[int, int]:
-    """This worker's rank in its engine, and the number of ranks."""
-    for what, size in (("pipeline", parallel.pipeline_parallel_size), ("data", parallel.data_parallel_size)):
-        if size > 1:
-            raise EngineNotSupported(
-                f"the engine has {what}_parallel_size {size}",
-                remedy="use tensor parallelism alone, and one engine per data-parallel rank",
-            )
-    group = get_tp_group()
-    return group.rank_in_group, group.world_size
-
-
-def _summary(receiver: Receiver) -> Answer:
-    plan = receiver.plan
-    return {
-        "tensors": len(plan.tensors),
-        "entries": len(plan.entries),
-        "bytes_per_update": plan.bytes_per_update,
-        "bytes_of_stage": plan.staged_bytes,
-        "unread": list(plan.unread),
-        "plan": str(plan),
-    }

@@ -21,9 +21,10 @@ def keep_plain_parameters() -> None:
     # By replacing a function of vLLM, since before 0.33 no hook is called between the import of a worker
     # extension and the loading of the model.
     if current_platform.is_cpu():
-        utils.dispatch_cpu_unquantized_gemm = _compute_from_parameter
+        utils.dispatch_cpu_unquantized_gemm = compute_from_parameter
 
 
-def _compute_from_parameter(layer: torch.nn.Module, **_options: bool) -> None:
+def compute_from_parameter(layer: torch.nn.Module, **_options: bool) -> None:
+    """Makes one linear layer of a CPU engine compute from its parameter; stands in for vLLM's packing."""
     # vLLM calls cpu_linear(input, weight, bias) with the live parameter.
     layer.cpu_linear = torch.nn.functional.linear  # type: ignore[assignment]

@@ -1,0 +1,103 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of whole engines share: tiny checkpoints, their trainer, the plugin as if installed, and an extension."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stagingd_client import Stage
+from stagingd_vllm.extension import StagingdWorkerExtension
+
+BACKEND = {"backend": "stagingd"}
+OPTIONS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "block_size": 32,
+    "gpu_memory_utilization": 0.2,
+    "worker_extension_cls": "tiny_engines.TellingExtension",
+}
+
+
+def save_checkpoints(folder: Path, number: int) -> list[Path]:
+    """Checkpoints of one tiny model, as versions 1, 2, … of it would be."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3Config(
+        hidden_size=256,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        vocab_size=1024,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    paths = [folder / f"version-{version}" for version in range(1, number + 1)]
+    for path in paths:
+        torch.manual_seed(int(path.name[-1]))
+        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(path)
+    return paths
+
+
+class Trainer:
+    """The one rank of a stage that publishes checkpoints; version 1 stands when it is made."""
+
+    def __init__(self, stage: Stage, checkpoints: list[Path]) -> None:
+        self.stage = stage
+        self.checkpoints = checkpoints
+        stage.declare(load_file(checkpoints[0] / "model.safetensors"))
+        self.publish(1, 1)
+
+    def publish(self, version: int, checkpoint: int) -> None:
+        self.stage.begin(version)
+        for name, tensor in load_file(self.checkpoints[checkpoint - 1] / "model.safetensors").items():
+            self.stage.put(name, tensor)
+        self.stage.commit().wait()
+
+
+class TellingExtension(StagingdWorkerExtension):
+    """The extension that users name, with what tests want to know and to break."""
+
+    def stagingd_echo(self: Any, number: int) -> list[int]:
+        return [self.rank, number]
+
+    def stagingd_break(self: Any, rank: int) -> None:
+        """Takes the stage away from one worker's weight-transfer engine."""
+        if self.rank == rank:
+            self.weight_transfer_engine.shutdown()
+
+
+@contextmanager
+def engine_environment(folder: Path) -> Iterator[None]:
+    """The environment of an engine on two cores; the project's plugins are found as its metadata says."""
+    metadata = folder / "installed" / "stagingd-0.dist-info"
+    metadata.mkdir(parents=True)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    points = [
+        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in e.items()) for group, e in project["entry-points"].items()
+    ]
+    (metadata / "entry_points.txt").write_text("\n".join(points))
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stagingd\nVersion: 0\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+        patch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "30")
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+        patch.syspath_prepend(metadata.parent)
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        yield
