@@ -4,26 +4,10 @@
 
 from __future__ import annotations
 
-import torch
 from checkpoint_extension import CheckpointExtension
+from fp8_on_cpu import scaled_fp8_quant
 from stagingd_vllm.extension import Worker
 from vllm import _custom_ops
-
-
-def scaled_fp8_quant(
-    values: torch.Tensor, scale: torch.Tensor | None = None, **options: object
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the CUDA kernel does with one scale; the CPU build has none without AMX.
-
-    Without a scale, as for activations, it is made from the values, per row if asked.
-    """
-    if scale is None:
-        per_token = options.get("use_per_token_if_dynamic")
-        amax = values.abs().amax(-1, keepdim=True) if per_token else values.abs().amax().reshape(1)
-        scale = amax.float() / torch.tensor(448.0)
-    quantized = (values.float() * scale.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn)
-    return quantized, scale
-
 
 _custom_ops.scaled_fp8_quant = scaled_fp8_quant  # before the model is loaded
 

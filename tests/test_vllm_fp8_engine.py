@@ -77,7 +77,7 @@ def generated(llm: Any, prompt: list[int]) -> list[tuple[int, float]]:
 def test_fp8_in_place_equals_vllms_own_loading_bit_for_bit_on_both_ranks(engine: Any, checkpoints: list[Path]) -> None:
     prompt = [1, 5, 9, 7, *range(20, 60)]
     kernels = engine.collective_rpc("stagingd_kernels")[0]
-    assert {"Fp8PerTensorOnlineLinearMethod", "PerTensorTorchFP8ScaledMMLinearKernel"} <= kernels
+    assert {"Fp8PerTensorOnlineLinearMethod", "PerTensorTorchFP8ScaledMMLinearKernel"} <= set(kernels)
     loaded, before = engine.collective_rpc("stagingd_weights"), generated(engine, prompt)
     stage = os.pathsep.join(map(str, checkpoints))
     summaries = checked(engine.collective_rpc("stagingd_attach", kwargs={"stage": stage}))

@@ -13,10 +13,11 @@ from stagingd_vllm.plan import StagedTensor
 
 from stagingd.boxes import Shape
 
-LAYERS, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD = 2, 48, 40, 4, 2, 12
+LAYERS, HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD = 2, 256, 320, 4, 2, 64
+"""Blocks of 128 fall on some cuts and not on others."""
 VOCAB = 101
 """No multiple of 64, to which vLLM pads, and odd: some ranks have padding."""
-EXPERTS, EXPERT_WIDTH = 8, 24
+EXPERTS, EXPERT_WIDTH = 8, 256
 BASE: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "hidden_size": HIDDEN,

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from stagingd.boxes import Shape
 from stagingd.errors import StagingError
+from stagingd.moments import BLOCK
 from stagingd_vllm.scales import Granularity
 from stagingd_vllm.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, INT8_PER_CHANNEL, Scheme
 
@@ -48,6 +50,8 @@ EXPERTS = {
     "Int8OnlineMoEMethod": INT8_PER_CHANNEL,
 }
 
+METHODS = PLAIN | LINEAR.keys() | EXPERTS.keys() | {"UnquantizedFusedMoEMethod"}
+
 BACKENDS = frozenset({"TRITON", "BATCHED_TRITON", "VLLM_CUTLASS"})
 """Backends of experts that keep gate before up, and neither shuffle nor pad."""
 
@@ -73,11 +77,25 @@ class Home:
         scheme: how it is quantized; None where it is not.
         scale: the live scales, float32: (1,) or (experts,) per tensor, (rows,) or (experts, rows) per channel,
             (rows / 128, columns / 128), with the experts before, per block; None without a scheme.
+        parts: into how many parts of equal size its rows fall, each padded by itself: gate and up.
     """
 
     weight: torch.Tensor
     scheme: Scheme | None = None
     scale: torch.Tensor | None = None
+    parts: int = 1
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether a parameter that the loader sees in this shape fits: as it is, or padded to whole blocks."""
+        live = tuple(self.weight.shape)
+        if live == shape or self.scheme is not FP8_PER_BLOCK or len(live) != 3:
+            return live == shape
+        rows, columns = (self.parts * _padded(shape[1] // self.parts), _padded(shape[2]))
+        return shape[1] % self.parts == 0 and live == (shape[0], rows, columns)
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
 
 
 def homes(model: torch.nn.Module) -> dict[str, Home]:
@@ -117,13 +135,16 @@ def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
     for name, parameter in parameters.items():
         live = parameter.detach()
         if scheme is not None and name in weights:
-            yield name, _quantized(path, module, name, live, scheme)
+            parts = getattr(getattr(module.quant_method, "moe", None), "w13_num_shards", 2) if "w13" in name else 1
+            yield name, _quantized(path, module, name, live, scheme, parts)
         elif scheme is None or name not in scale_names:
             yield name, Home(live)
 
 
 def _check_derived(path: str, module: torch.nn.Module) -> None:
-    if hasattr(module, "process_weights_after_loading") and type(module).__name__ not in DERIVING:
+    name = type(module).__name__
+    known = name in DERIVING or name in METHODS  # some methods are modules themselves; their layer is looked at
+    if hasattr(module, "process_weights_after_loading") and not known:
         raise _unknown(path, module, "it makes something of its weights after loading, and it is not known what")
 
 
@@ -141,7 +162,7 @@ def _check_backend(path: str, module: torch.nn.Module) -> None:
             raise _unknown(path, module, f"experts' backend {backend.name} keeps weights in another order")
 
 
-def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor, scheme: Scheme) -> Home:
+def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor, scheme: Scheme, parts: int) -> Home:
     weight = live if name != "weight" or scheme.granularity is Granularity.BLOCK else live.t()
     if live.dtype != getattr(torch, scheme.live):
         raise _unknown(path, module, f"{name} is {live.dtype} and not {scheme.live}")
@@ -154,7 +175,7 @@ def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor
         raise _unknown(
             path, module, f"scales of {name} are {tuple(scale.shape)} and should be {tuple(expected)} and contiguous"
         )
-    return Home(weight, scheme, scale.view(expected))
+    return Home(weight, scheme, scale.view(expected), parts)
 
 
 def _scale_of(module: torch.nn.Module, name: str, scheme: Scheme) -> torch.Tensor | None:
@@ -170,7 +191,7 @@ def _scale_shape(weight: torch.Tensor, scheme: Scheme) -> torch.Size:
         return torch.Size(experts or [1])
     if scheme.granularity is Granularity.CHANNEL:
         return torch.Size([*experts, rows])
-    return torch.Size([*experts, -(-rows // 128), -(-columns // 128)])
+    return torch.Size([*experts, -(-rows // BLOCK), -(-columns // BLOCK)])
 
 
 def _unknown(path: str, module: torch.nn.Module, why: str) -> LayoutUnknown:

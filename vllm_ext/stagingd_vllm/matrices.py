@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stagingd.boxes import Box, Shape, whole
 from stagingd_vllm.plan import PlanEntry, PlanRefused
@@ -90,6 +90,34 @@ def matrices(entry: PlanEntry, tensor: Shape, parameter: Shape) -> Iterator[Matr
             rows_of=rows_of,
             columns_of=columns_of,
         )
+
+
+def padded(matrix: Matrix, rows: int, padded_rows: int) -> Iterator[Matrix]:
+    """The same matrix where its parameter's parts of so many rows lie further apart: cut at their ends.
+
+    Args:
+        matrix: as ``matrices`` gives it.
+        rows: of each part, as the loader sees them.
+        padded_rows: of each part, as they live.
+    """
+    first, end = matrix.row, matrix.row + matrix.rows
+    cuts = [first, *range((first // rows + 1) * rows, end, rows), end]
+    for start, stop in itertools.pairwise(cuts):
+        skipped = start - first
+        yield replace(
+            matrix,
+            box=matrix.box if matrix.rows_of is None else _rows(matrix.box, matrix.rows_of, skipped, stop - start),
+            source=matrix.source + skipped * matrix.source_row,
+            row=start // rows * padded_rows + start % rows,
+            rows=stop - start,
+        )
+
+
+def _rows(box: Box, dim: int, skipped: int, count: int) -> Box:
+    return Box(
+        tuple(o + skipped * (d == dim) for d, o in enumerate(box.offsets)),
+        tuple(count if d == dim else n for d, n in enumerate(box.lengths)),
+    )
 
 
 def _only(box: Box, dim: int, index: int) -> Box:

@@ -68,13 +68,16 @@ class Worker:
 
 
 @contextlib.contextmanager
-def worker_config(directory: Path, worker: Worker, dtype: str = "bfloat16") -> Iterator[VllmConfig]:
+def worker_config(
+    directory: Path, worker: Worker, dtype: str = "bfloat16", quantization: str | None = None
+) -> Iterator[VllmConfig]:
     """vLLM's configuration for a worker that runs the model in ``directory``, current and with its process groups.
 
     Args:
         directory: a Hugging Face model's folder; only its configuration is read.
         worker: which worker of which engine.
         dtype: of the model's parameters.
+        quantization: vLLM's name of it; a plan does not depend on it.
 
     Raises:
         NoSuchWorker: vLLM does not run this model, or not on an engine of this size. Tells vLLM's own words.
@@ -84,6 +87,7 @@ def worker_config(directory: Path, worker: Worker, dtype: str = "bfloat16") -> I
         skip_tokenizer_init=True,
         load_format="dummy",
         dtype=dtype,
+        quantization=quantization,
         enforce_eager=True,
         max_model_len=16,
         block_size=16,

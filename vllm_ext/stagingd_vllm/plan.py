@@ -108,13 +108,14 @@ class ReadPlan:
 
     ``unread`` names the staged tensors of which this worker reads nothing: those whose parameter is tied to
     another one, and those that lie on other ranks altogether. ``computed`` are those that are not read in boxes but
-    have to go through the model's own loader.
+    have to go through the model's own loader. ``shapes`` are those of the parameters, as the loader sees them.
     """
 
     entries: tuple[PlanEntry, ...]
     staged_bytes: int
     unread: tuple[str, ...] = ()
     computed: tuple[Computed, ...] = ()
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def bytes_per_update(self) -> int:
@@ -183,7 +184,8 @@ def make_plan(
     computed = _computed(staged, steps, reasons, apart)
     read = {entry.tensor for entry in entries} | {tensor.tensor for tensor in computed}
     unread = tuple(name for name in staged if name not in read)
-    return ReadPlan(tuple(entries), sum(tensor.bytes for tensor in staged.values()), unread, computed)
+    staged_bytes = sum(tensor.bytes for tensor in staged.values())
+    return ReadPlan(tuple(entries), staged_bytes, unread, computed, dict(parameters))
 
 
 def plan_with_aliases(derive: Callable[[Mapping[str, str]], ReadPlan], aliases: Mapping[str, str]) -> ReadPlan:

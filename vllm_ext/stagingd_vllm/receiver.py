@@ -18,7 +18,7 @@ from stagingd.moments import StoredMoments
 from stagingd_vllm.carriers import carrier, registered
 from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.live_scales import LiveScales
-from stagingd_vllm.plan import ReadPlan
+from stagingd_vllm.plan import ReadPlan, Region
 from stagingd_vllm.recipe import make_recipe
 from stagingd_vllm.scales import ScaleRule
 
@@ -112,6 +112,8 @@ class Receiver:
         if missing is not None:
             raise _changed(missing, "is not in the live model")
         live = {name: found[name] for name in plan.parameters}
+        for entry in plan.entries:
+            _check_room(entry.region, live[entry.region.parameter])
         self._fingerprints = _fingerprints(live)
         recipe = make_recipe(plan, live, source.catalog)
         self._device = next(iter(live.values())).weight.device if live else torch.device("cpu")
@@ -158,6 +160,12 @@ class Receiver:
         for name, expected in self._fingerprints.items():
             if live.get(name) != expected:
                 raise _changed(name, f"was {expected} and is {live.get(name, 'gone')}")
+
+
+def _check_room(region: Region, home: Home) -> None:
+    last = region.offset + sum((n - 1) * s for n, s in zip(region.shape, region.stride, strict=True))
+    if not 0 <= last < home.weight.numel():
+        raise _changed(region.parameter, f"is {Fingerprint.of(home.weight)} and has no {region}")
 
 
 def _fingerprints(live: dict[str, Home]) -> dict[str, Fingerprint]:

@@ -4,16 +4,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from stagingd.boxes import Shape
 from stagingd.catalog import Catalog
 from stagingd.dtypes import ITEM_BYTES
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.limits import Cells, Limits, cells_of_matrix
-from stagingd_vllm.matrices import Matrix, matrices
+from stagingd_vllm.matrices import Matrix, matrices, padded
 from stagingd_vllm.moves import Move, Scales, Treatment
-from stagingd_vllm.plan import PlanRefused, ReadPlan
+from stagingd_vllm.plan import PlanEntry, PlanRefused, ReadPlan
 from stagingd_vllm.scales import Granularity
 from stagingd_vllm.schemes import Scheme
 
@@ -77,9 +78,7 @@ def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> 
     cut = [
         (matrix, homes[entry.region.parameter])
         for entry in plan.entries
-        for matrix in matrices(
-            entry, catalog.tensor(entry.tensor).shape, tuple(homes[entry.region.parameter].weight.shape)
-        )
+        for matrix in _matrices(entry, plan.shapes, homes[entry.region.parameter], catalog)
     ]
     moves, peaks, sliced = [], [], set[str]()
     made: list[tuple[str, int, Cells]] = []
@@ -102,6 +101,22 @@ def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> 
     ]
     count = sum(span.count for span in spans.values())
     return Recipe(tuple(moves), tuple(peaks), Limits(cells, count), tuple(spans.values()))
+
+
+def _matrices(entry: PlanEntry, shapes: Mapping[str, Shape], home: Home, catalog: Catalog) -> Iterator[Matrix]:
+    live = tuple(home.weight.shape)
+    shape = shapes.get(entry.region.parameter, live)
+    if not home.takes(shape):
+        raise PlanRefused(
+            f"{entry.region.parameter} has shape {shape} for the loader and lives as {live}",
+            remedy="detach from the stage and attach again",
+            parameter=entry.region.parameter,
+        )
+    for matrix in matrices(entry, catalog.tensor(entry.tensor).shape, shape):
+        if shape == live:
+            yield matrix
+        else:
+            yield from padded(matrix, shape[-2] // home.parts, live[-2] // home.parts)
 
 
 def _spans(plan: ReadPlan, homes: Mapping[str, Home], sliced: Collection[str]) -> dict[str, ScaleSpan]:

@@ -125,7 +125,7 @@ def _owners(live: Mapping[str, Home], skeleton: Mapping[str, torch.Tensor]) -> d
     tied: dict[int, str] = {}
     for name, parameter in skeleton.items():
         weight = live[name].weight
-        if weight.shape != parameter.shape:
+        if not live[name].takes(tuple(parameter.shape)):
             raise _differs(name, f"should have shape {tuple(parameter.shape)} and has {tuple(weight.shape)}")
         if live[name].scheme is None and weight.dtype != parameter.dtype:
             raise _differs(name, f"should be {parameter.dtype} and is {weight.dtype}")

@@ -1,0 +1,236 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Compares live weights that a receiver has written with those that vLLM's own loading makes, for every rank.
+
+Run as ``python exactness_witness.py FOLDER`` it reads cases from its input, one JSON object a line, and answers each
+with a line. vLLM takes many seconds to import, and so it is imported once for all of them.
+
+vLLM's loaders, layers and online quantization are the real ones. What is replaced, since a CPU has no such kernels:
+
+- the choice of a kernel, by the names of those on a GPU; they leave weights as they are;
+- the CUDA kernel that quantizes with one scale, by the same arithmetic in torch;
+- the maximum over ranks, by that over the models of all ranks, one after the other in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from fp8_on_cpu import scaled_fp8_quant
+from private_stage import PrivateStage, by_columns, by_rows, private_stage
+from stagingd_vllm.layouts import Home, homes
+from stagingd_vllm.offline import NoSuchWorker, Worker, derive_offline, worker_config
+from stagingd_vllm.plan import ReadPlan, StagedTensor
+from stagingd_vllm.receiver import Receiver
+from tiny_models import MODELS, TinyModel
+from vllm import _custom_ops
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
+from vllm.model_executor.layers.quantization.online import fp8, int8
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.utils import replace_parameter
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from stagingd.boxes import Box, whole
+from stagingd.errors import StagingError
+
+CUTS = {
+    "whole": lambda shape: [whole(shape)],
+    "rows of 3 ranks": lambda shape: by_rows(shape, 3),
+    "columns of 2 ranks": lambda shape: by_columns(shape, 2),
+}
+
+
+SCRAMBLED = 0x55
+
+
+class Agreement:
+    """The maxima over ranks that vLLM asks for while it loads: noted in a first pass, answered in a second."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.noted: dict[int, list[torch.Tensor]] = {}
+        self.answers: list[torch.Tensor] | None = None
+        self._rank, self._next = 0, 0
+
+    def begin(self, rank: int) -> None:
+        self._rank, self._next = rank, 0
+        self.noted.setdefault(rank, [])
+
+    def ask(self, amax: torch.Tensor, sharded: bool | int) -> torch.Tensor:
+        if not sharded or (sharded == 1 and not isinstance(sharded, bool)):
+            return amax
+        if self.answers is None:
+            self.noted[self._rank].append(amax.clone())
+            return amax
+        answer = self.answers[self._next]
+        self._next += 1
+        return answer.clone()
+
+    def settle(self) -> None:
+        self.answers = [torch.stack(asked).amax(0) for asked in zip(*self.noted.values(), strict=True)]
+
+
+class Kernel:
+    """One that leaves weights as they are."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        pass
+
+    def input_quant_key(self) -> None:
+        return None
+
+
+def kernel_of_a_gpu(**options: Any) -> Kernel:
+    block = options["weight_quant_key"].scale.group_shape.row == 128
+    name = "CutlassFp8BlockScaledMMKernel" if block else "CutlassFP8ScaledMMLinearKernel"
+    return type(name, (Kernel,), {})()
+
+
+def only_replace(self: Any, layer: Any, w13: Any, w2: Any, w13_scale: Any, w2_scale: Any, *_: Any, **__: Any) -> None:
+    for name, tensor in (("w13", w13), ("w2", w2)):
+        replace_parameter(layer, f"{name}_weight", tensor)
+    for name, tensor in (("w13", w13_scale), ("w2", w2_scale)):
+        replace_parameter(layer, f"{name}_{self.weight_scale_name}", tensor)
+
+
+agreement = Agreement()
+_custom_ops.scaled_fp8_quant = scaled_fp8_quant
+fp8.init_fp8_linear_kernel = kernel_of_a_gpu
+fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)
+fp8._Fp8OnlineMoEBase._setup_kernel = only_replace
+int8.select_int8_moe_backend = lambda **_: (Int8MoeBackend.TRITON, None)
+int8.Int8OnlineMoEMethod._setup_kernel = lambda *_: None
+for module in (fp8, int8):
+    for name in ("amax_for_tp_weight_quant", "amax_for_moe_weight_quant"):
+        if hasattr(module, name):
+            setattr(module, name, agreement.ask)
+
+
+def loaded_by_vllm(config: VllmConfig, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
+    with set_default_torch_dtype(torch.bfloat16), torch.device("cpu"), torch.no_grad():
+        model = initialize_model(vllm_config=config)
+        model.load_weights(iter(tensors.items()))
+        if config.quant_config is not None:
+            finalize_layerwise_processing(model, config.model_config)
+    config.compilation_config.static_forward_context.clear()
+    config.compilation_config.static_all_moe_layers.clear()
+    return model
+
+
+def random_tensors(staged: dict[str, StagedTensor], seed: int) -> dict[str, torch.Tensor]:
+    """Magnitudes differ from row to row and from tensor to tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, tensor in staged.items():
+        rows = torch.rand(*tensor.shape[:-1], 1, generator=generator) * 4 * torch.rand((), generator=generator)
+        made[name] = (torch.randn(tensor.shape, generator=generator) * rows).to(getattr(torch, tensor.dtype))
+    return made
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8).clone()
+
+
+def scramble(home: Home) -> None:
+    home.weight.untyped_storage().fill_(SCRAMBLED)
+    if home.scale is not None:
+        home.scale.fill_(torch.nan)
+
+
+def compare(
+    model: torch.nn.Module, config: VllmConfig, stage: PrivateStage, staged: dict[str, StagedTensor], version: int
+) -> dict[str, Any]:
+    """What differs after the receiver has written a version over scrambled weights."""
+    live = homes(model)
+    wanted = {
+        name: (bits(home.weight), None if home.scale is None else home.scale.clone()) for name, home in live.items()
+    }
+    plan = derive_offline(config, staged, {})
+    for home in live.values():
+        scramble(home)
+    receiver = Receiver(model, plan, stage)
+    receiver.apply(stage.lease(version))
+    outcome: dict[str, Any] = {"bytes": 0, "scales": 0, "schemes": set(), "wrong": []}
+    for name in plan.parameters:
+        home, (weight, scale) = live[name], wanted[name]
+        found = bits(home.weight)
+        padding = _padding(plan, name, home, found)
+        differing = int((found != weight)[~padding].sum())
+        if differing:
+            outcome["wrong"].append(f"{name}: {differing} bytes")
+        if not (found[padding] == SCRAMBLED).all() or weight[padding].any():
+            outcome["wrong"].append(f"{name}: padding")
+        outcome["bytes"] += weight.numel()
+        if home.scheme is not None and scale is not None and home.scale is not None:
+            outcome["schemes"].add(home.scheme.name)
+            outcome["scales"] += scale.numel()
+            if not torch.equal(home.scale, scale):
+                outcome["wrong"].append(f"{name}: {int((home.scale != scale).sum())} scales")
+    return outcome | {"schemes": sorted(outcome["schemes"])}
+
+
+def _padding(plan: ReadPlan, name: str, home: Home, found: torch.Tensor) -> torch.Tensor:
+    """Which bytes hold no element: rows that fill up a vocabulary, and what makes experts whole blocks."""
+    mask = torch.zeros_like(found, dtype=torch.bool)
+    if "embed" in name or "lm_head" in name:
+        mask[sum(entry.source.lengths[0] for entry in plan.entries if entry.region.parameter == name) :] = True
+    elif plan.shapes[name] != tuple(home.weight.shape):
+        _, rows, columns = plan.shapes[name]
+        mask.unflatten(1, (home.parts, -1))[:, :, rows // home.parts :] = True
+        mask[:, :, columns:] = True
+    return mask
+
+
+def examine(
+    folder: Path, model: TinyModel, mode: str | None, ranks: int, expert: bool, cut: str
+) -> list[dict[str, Any]]:
+    staged = model.staged()
+    tensors = random_tensors(staged, 1)
+    workers = [Worker(tensor_parallel=ranks, expert_parallel=expert, rank=rank) for rank in range(ranks)]
+    agreement.forget()
+    if ranks > 1:
+        for worker in workers:
+            agreement.begin(worker.rank)
+            with worker_config(folder, worker, quantization=mode) as config:
+                loaded_by_vllm(config, tensors)
+        agreement.settle()
+    boxes: dict[str, list[Box]] = {name: CUTS[cut](tensor.shape) for name, tensor in staged.items()}
+    outcomes = []
+    with private_stage(tensors, boxes) as stage:
+        stage.write(1, tensors)
+        for worker in workers:
+            agreement.begin(worker.rank)
+            with worker_config(folder, worker, quantization=mode) as config:
+                live = loaded_by_vllm(config, tensors)
+                outcomes.append(compare(live, config, stage, staged, 1))
+    return outcomes
+
+
+def serve(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        case = json.loads(line)
+        model = MODELS[case["model"]]
+        path = folder / case["model"]
+        if not path.exists():
+            model.save_config(path)
+        try:
+            found: Any = examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
+        except (StagingError, NoSuchWorker) as refused:
+            found = {"refused": str(refused)}
+        print("outcome", json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(Path(sys.argv[1]))
