@@ -7,11 +7,15 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/stagingd demo
 
-# Deaths are mostly waited for, so they go beside the rest.
+# What is mostly waited for goes beside the rest: deaths, and engines that import and start.
+BESIDE := tests/test_crashes.py tests/test_demo.py tests/test_vllm_engine.py tests/test_vllm_fp8_engine.py \
+	tests/test_vllm_server.py tests/test_async_engine.py tests/test_weight_transfer.py tests/test_attachment.py \
+	tests/test_exactness_of_models.py tests/test_plans_of_models.py tests/test_plan_command.py
+
 test: .venv/installed
-	$(BIN)/pytest tests/test_crashes.py > .crashes.log 2>&1 & crashes=$$!; \
-	$(BIN)/pytest --ignore=tests/test_crashes.py; rest=$$?; \
-	wait $$crashes; deaths=$$?; cat .crashes.log; exit $$((rest + deaths))
+	$(BIN)/pytest $(BESIDE) > .beside.log 2>&1 & beside=$$!; \
+	$(BIN)/pytest $(BESIDE:%=--ignore=%); rest=$$?; \
+	wait $$beside; status=$$?; cat .beside.log; exit $$((rest + status))
 
 lint: .venv/installed
 	$(BIN)/ruff format --check

@@ -12,8 +12,11 @@ import pytest
 from crashes import table
 from crashes.table import Event, Outcome
 from daemons import RunningDaemon, start
+from exactness_table import Compared, Row
+from exactness_table import markdown as exactness_markdown
 
 OUTCOMES = pytest.StashKey[dict[Event, Outcome]]()
+EXACTNESS = pytest.StashKey[dict[tuple[Row, str], Compared]]()
 
 
 def _served(folder: Path) -> Iterator[RunningDaemon]:
@@ -54,6 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--life-steps", type=int, default=20_000, help="steps of the stateful test of a daemon's life")
     parser.addoption("--crash-table", type=Path, metavar="PATH", help="write the table of crash tests as Markdown")
+    parser.addoption("--all-cuts", action="store_true", help="compare every model with every layout of trainers")
     parser.addoption("--endurance-versions", type=int, default=160, help="versions of the endurance run")
 
 
@@ -63,8 +67,18 @@ def outcomes(pytestconfig: pytest.Config) -> dict[Event, Outcome]:
     return pytestconfig.stash.setdefault(OUTCOMES, {})
 
 
+@pytest.fixture(scope="session")
+def exactness(pytestconfig: pytest.Config) -> dict[tuple[Row, str], Compared]:
+    """What was compared with vLLM's own loading, for the table that is printed at the end."""
+    return pytestconfig.stash.setdefault(EXACTNESS, {})
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table of deaths, where there were any."""
+    """Print the tables of deaths and of exactness, where there are any."""
+    compared = config.stash.get(EXACTNESS, {})
+    if compared:
+        terminalreporter.section("exactness table: bytes + scales, over all ranks")
+        terminalreporter.write(exactness_markdown(compared))
     found = config.stash.get(OUTCOMES, {})
     path = config.getoption("crash_table")
     if found and path is not None:

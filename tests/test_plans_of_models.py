@@ -6,11 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +15,7 @@ from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan
 from stagingd_vllm.tracing import trace_loader
 from stagingd_vllm.views import View, join_adjacent, row_major
 from tiny_models import EXPERTS, LAYERS, MODELS, VOCAB
+from witness import witness
 
 from stagingd.boxes import Box, uncovered
 
@@ -62,27 +59,13 @@ Examine = Callable[[str, Engine], list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
     """What is found about one rank of an engine, by a process in which vLLM is imported once."""
-    witness = Path(__file__).with_name("plan_witness.py")
-    folder = tmp_path_factory.mktemp("models")
-    command = [sys.executable, str(witness), str(folder)]
-    log = folder / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    with witness("plan_witness.py", tmp_path_factory.mktemp("models")) as asked:
 
-    def ask(model: str, engine: Engine, rank: int) -> dict[str, Any]:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        unknown = UNKNOWN if engine in REFUSING else []
-        print(json.dumps({"model": model, "worker": engine.worker(rank), "unknown": unknown}), file=process.stdin)
-        process.stdin.flush()
-        for line in process.stdout:
-            if line.startswith("outcome "):
-                return dict(json.loads(line.removeprefix("outcome ")))
-        raise AssertionError(log.read_text()[-4000:])
+        def ask(model: str, engine: Engine, rank: int) -> dict[str, Any]:
+            unknown = UNKNOWN if engine in REFUSING else []
+            return dict(asked.ask({"model": model, "worker": engine.worker(rank), "unknown": unknown}))
 
-    yield ask
-    process.communicate(timeout=60)
-    assert process.returncode == 0, log.read_text()[-4000:]
+        yield ask
 
 
 @pytest.fixture(scope="module")

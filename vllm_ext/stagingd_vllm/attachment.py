@@ -14,14 +14,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from vllm.config import ParallelConfig, VllmConfig
+from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_group
 
 from stagingd.errors import OutOfOrder
+from stagingd_vllm.derived import refresh_derived
 from stagingd_vllm.layouts import homes
 from stagingd_vllm.plan import StagedTensor
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import Receiver, UpdateReport
+from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.skeleton import derive_plan
 from stagingd_vllm.versions import EngineNotSupported
 
@@ -99,6 +101,7 @@ class Attachment:
         vllm_config: VllmConfig,
         socket: str | None = None,
         engine: str = "engine",
+        scale_rule: str = "amax",
         timeout_s: float = 60.0,
     ) -> Attachment:
         """Joins a stage, and derives which part of it this worker reads.
@@ -110,13 +113,18 @@ class Attachment:
             socket: the daemon's socket; None for the usual one.
             engine: what this engine is called; its workers change versions together. Data-parallel replicas add
                 their number to it.
+            scale_rule: how scales follow from moments: "amax" as the engine itself, or "sigma:k" to clip at
+                |mean| + k standard deviations.
             timeout_s: seconds to wait for the stage to be declared.
 
         Raises:
+            ScaleRuleRefused: there is no such scale rule.
             EngineNotSupported: the engine is spread over its workers in a way that is not known.
             PlanRefused: the stage does not fit the model, or the model is of a kind that is not understood.
+            LayoutUnknown: the engine keeps a parameter in a way that is not known.
             DaemonUnreachable, DeadlineExceeded, RankTaken: as ``Reader.attach`` says.
         """
+        rule = ScaleRule.parse(scale_rule)
         place = Place.of_worker(engine, vllm_config.parallel_config)
         with contextlib.ExitStack() as undo:
             reader = Reader.attach(
@@ -125,7 +133,8 @@ class Attachment:
             undo.callback(reader.close)
             staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
             aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
-            receiver = Receiver(model, derive_plan(model, vllm_config, staged, aliases), reader)
+            plan = derive_plan(model, vllm_config, staged, aliases)
+            receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config))
             undo.pop_all()
         return cls(place, reader, receiver, model)
 
@@ -185,6 +194,11 @@ class Attachment:
         """Leaves the stage; the weights stay as they are. May be called twice."""
         self.receiver.close()
         self.reader.close()
+
+
+def _refresh(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
+    with set_current_vllm_config(vllm_config):
+        refresh_derived(model, vllm_config.model_config.dtype)
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:

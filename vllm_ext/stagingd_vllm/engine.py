@@ -67,6 +67,7 @@ class StagingdInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     stage: str
     socket: str | None = None
     engine: str = "engine"
+    scale_rule: str = "amax"
     timeout_s: float = 60.0
 
 

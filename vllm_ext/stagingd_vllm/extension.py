@@ -44,7 +44,12 @@ class StagingdWorkerExtension:
 
     @answering
     def stagingd_attach(
-        self: Worker, stage: str, socket: str | None = None, engine: str = "engine", timeout_s: float = 60.0
+        self: Worker,
+        stage: str,
+        socket: str | None = None,
+        engine: str = "engine",
+        scale_rule: str = "amax",
+        timeout_s: float = 60.0,
     ) -> Answer:
         """Joins a stage, and derives which part of it this worker reads.
 
@@ -52,6 +57,8 @@ class StagingdWorkerExtension:
             stage: name of the stage.
             socket: the daemon's socket; None for the usual one.
             engine: what this engine is called; its workers change versions together.
+            scale_rule: how scales follow from moments: "amax" as the engine itself, or "sigma:k" to clip at
+                |mean| + k standard deviations.
             timeout_s: seconds to wait for the stage to be declared.
 
         Returns:
@@ -61,6 +68,8 @@ class StagingdWorkerExtension:
             OutOfOrder: already attached.
             EngineNotSupported: the engine is spread over its workers in a way that is not known.
             PlanRefused: the stage does not fit the model, or the model is of a kind that is not understood.
+            LayoutUnknown: the engine keeps a parameter in a way that is not known.
+            ScaleRuleRefused: there is no such scale rule.
         """
         if self.stagingd_attachment is not None:
             raise OutOfOrder("this worker is attached to a stage already", remedy="call stagingd_detach first")
@@ -70,6 +79,7 @@ class StagingdWorkerExtension:
             vllm_config=self.vllm_config,
             socket=socket,
             engine=engine,
+            scale_rule=scale_rule,
             timeout_s=timeout_s,
         )
         return self.stagingd_attachment.summary()

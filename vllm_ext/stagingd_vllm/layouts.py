@@ -58,6 +58,9 @@ BACKENDS = frozenset({"TRITON", "BATCHED_TRITON", "VLLM_CUTLASS"})
 DERIVING = frozenset({"Attention", "MLAAttention"})
 """Modules that make something of weights after loading; of these it is known what (``derived.py``)."""
 
+DERIVED = frozenset({"W_UV", "W_UK_T"})
+"""Parameters that latent attention makes by itself: no loader writes them."""
+
 SCALES = frozenset({"weight_scale", "weight_scale_inv", "input_scale"})
 EXPERT_SCALES = frozenset(f"{weight}_{scale}" for weight in ("w13", "w2") for scale in (*SCALES, "scale"))
 
@@ -116,6 +119,8 @@ def homes(model: torch.nn.Module) -> dict[str, Home]:
 def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
     method = type(getattr(module, "quant_method", None)).__name__
     parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    if type(module).__name__ in DERIVING:
+        parameters = {name: parameter for name, parameter in parameters.items() if name not in DERIVED}
     if not parameters:
         _check_derived(path, module)
         return

@@ -95,6 +95,7 @@ class Receiver:
         plan: which box goes where, as the model's loader sees it.
         source: the stage.
         rule: how scales follow from moments.
+        refresh: makes anew what the model derives from its weights, after they have been written.
 
     Raises:
         LayoutUnknown: the model keeps a parameter in a way that is not known.
@@ -103,8 +104,16 @@ class Receiver:
         DeviceUnusable, RegistrationRefused: the device cannot read the stage's memory.
     """
 
-    def __init__(self, model: torch.nn.Module, plan: ReadPlan, source: Source, rule: ScaleRule | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plan: ReadPlan,
+        source: Source,
+        rule: ScaleRule | None = None,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> None:
         self.plan = plan
+        self._refresh = refresh
         self._model = model
         self._version: int | None = None
         found = homes(model)
@@ -142,6 +151,7 @@ class Receiver:
             self._version = None
             self._scales.set(lease.slot, lease.stored)
             self._moves.carry(lease.slot)
+            self._refresh()
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
         # Only now: a lease that was lost says so when it is released.

@@ -1,0 +1,55 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM makes of weights after loading, made anew where it was: decode graphs hold its addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from stagingd_vllm.layouts import LayoutUnknown
+
+MADE_ANEW = frozenset({"MLAAttention"})
+"""Multi-head latent attention keeps parts of ``kv_b_proj`` in layouts of its own (W_UV, W_UK_T), dequantized."""
+
+
+def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Have a live model make anew what it derives from weights that were written.
+
+    Args:
+        model: the live model; vLLM's configuration has to be the current one.
+        dtype: of its activations.
+
+    Raises:
+        LayoutUnknown: what is made anew has another shape or dtype than what was there.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ in MADE_ANEW:
+            before = dict(_tensors(module))
+            module.process_weights_after_loading(dtype)
+            for attribute, old in before.items():
+                _put_back(name, module, attribute, old)
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Its own tensors: parameters, buffers, and plain attributes."""
+    for attributes in (module._parameters, module._buffers, vars(module)):
+        for name, value in attributes.items():
+            if isinstance(value, torch.Tensor):
+                yield name, value
+
+
+def _put_back(layer: str, module: torch.nn.Module, attribute: str, old: torch.Tensor) -> None:
+    new = getattr(module, attribute)
+    if new is old or (new.data_ptr(), new.shape, new.stride()) == (old.data_ptr(), old.shape, old.stride()):
+        return
+    if (new.shape, new.dtype) != (old.shape, old.dtype):
+        raise LayoutUnknown(
+            f"{layer}.{attribute} was {old.dtype} {tuple(old.shape)} and is made anew as {new.dtype} "
+            f"{tuple(new.shape)}",
+            remedy="detach from the stage, and use vLLM's own reload for this model",
+            parameter=f"{layer}.{attribute}",
+        )
+    old.data.copy_(new)
+    setattr(module, attribute, old)
