@@ -128,6 +128,23 @@ def test_no_rank_writes_what_another_one_owns(case: tuple[dict[str, tuple[int, .
     assert not written[0] & written[1]
 
 
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 40)), min_size=1, max_size=6), st.integers(20, 60))
+def test_no_cell_is_copied_twice_but_the_boxs_own_which_is_written_last(
+    shapes: list[tuple[int, int]], limit: int
+) -> None:
+    catalog = catalog_of({f"t{number}": shape for number, shape in enumerate(shapes)})
+    copies = [copy for chunk in chunks_of(catalog, 0, limit * 1024) for copy in chunk.cell_copies]
+    cells = [
+        (target - catalog.moments_offset) // 4
+        for copy in copies
+        for target in range(copy.target, copy.target + copy.width, 4)
+    ]
+    own = {owned.first_cell for owned in catalog.owned_by(0)}
+    assert set(cells) | own == set(range(catalog.cells))
+    assert len(cells) == len(set(cells))
+
+
 def chunks_of(catalog: Catalog, rank: int, limit: int) -> list[Chunk]:
     """What a rank flushes, with each of its boxes as a shard of its own."""
     made = []

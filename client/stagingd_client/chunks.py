@@ -9,10 +9,12 @@ the shards' addresses.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from stagingd.boxes import Box, Shape, intersect, relative
 from stagingd.catalog import ALIGNMENT, Catalog, OwnedBox
@@ -55,7 +57,8 @@ class Matrix:
         pitch: from one row to the next in the slot, in bytes.
         tensor_end: where in the slot its tensor ends, in bytes; up to the next tensor's place it is padding.
         rows_left, columns_left: how much of the first block lies before it.
-        row_cell, block_cell: its first cells, counted over the slot; None where that grid is not kept.
+        tensor_cell: the cell of its whole box, counted over the slot; None where that grid is not kept.
+        row_cell, block_cell: its first cells of the other grids, likewise.
     """
 
     piece: int
@@ -72,6 +75,7 @@ class Matrix:
     tensor_end: int
     rows_left: int
     columns_left: int
+    tensor_cell: int | None
     row_cell: int | None
     block_cell: int | None
 
@@ -146,6 +150,7 @@ def matrices(number: int, piece: Piece, catalog: Catalog) -> list[Matrix] | None
                 tensor_end=tensor.offset + tensor.bytes,
                 rows_left=box.offsets[-2] % BLOCK,
                 columns_left=box.offsets[-1] % BLOCK,
+                tensor_cell=cells.get(Grid.TENSOR),
                 row_cell=_plus(cells.get(Grid.ROW), index * rows),
                 block_cell=_plus(cells.get(Grid.BLOCK), index * strips * blocks),
             )
@@ -179,25 +184,38 @@ def _first_cells(owned: OwnedBox, catalog: Catalog) -> dict[Grid, int]:
     return {grid: catalog.first_cell(owned, grid) for grid in catalog.grids}
 
 
+BYTES_PER_CELL: Final = 384
+"""Bytes of scratch memory for each cell whose moments go to the slot together: these take a twenty-fourth besides, and
+are few copies. Small ones between the large ones hold these up."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """What goes through the scratch memory at once.
+
+    The moments of several chunks, a group, are copied together when the last of them has been cast.
 
     Attributes:
         matrices: in the order of their places in the slot.
         places: where in the scratch memory each begins, in bytes.
         copies: from the scratch memory to the slot.
-        cells: how many cells of moments it has room for.
+        begins_group: whether it is the first of its group.
+        cells: how many cells of moments the group has room for.
         first_cells: per matrix, where among those its cells of rows and of blocks begin.
-        cell_copies: from the scratch cells, field by field, to the slot.
+        cell_copies: from the scratch cells, field by field, to the slot; of the whole group, with its last chunk.
     """
 
     matrices: tuple[Matrix, ...]
     places: tuple[int, ...]
     copies: tuple[Copy, ...]
+    begins_group: bool
     cells: int
     first_cells: tuple[tuple[int, int], ...]
     cell_copies: tuple[Copy, ...]
+
+
+_Cut = tuple[Sequence[Matrix], Sequence[int]]
+"""The matrices of a chunk, and their places in the scratch memory."""
 
 
 def chunks(made: Iterable[Matrix], catalog: Catalog, limit: int) -> Iterator[Chunk]:
@@ -208,6 +226,20 @@ def chunks(made: Iterable[Matrix], catalog: Catalog, limit: int) -> Iterator[Chu
         catalog: for where the moments lie.
         limit: bytes of scratch memory; one strip of each matrix has to fit (``Matrix.strip_bytes``).
     """
+    group: list[_Cut] = []
+    cells = 0
+    for cut in _cut(made, limit):
+        more = sum(end - first for matrix in cut[0] for first, end in _spans(matrix))
+        if group and cells + more > limit // BYTES_PER_CELL:
+            yield from _grouped(group, catalog)
+            group, cells = [], 0
+        group.append(cut)
+        cells += more
+    if group:
+        yield from _grouped(group, catalog)
+
+
+def _cut(made: Iterable[Matrix], limit: int) -> Iterator[_Cut]:
     taken: list[Matrix] = []
     places: list[int] = []
     end = 0
@@ -222,10 +254,10 @@ def chunks(made: Iterable[Matrix], catalog: Catalog, limit: int) -> Iterator[Chu
                 end = place + some * rest.columns * rest.item
                 rest = rest.rows_from(some, rest.rows - some) if some < rest.rows else None
             if rest is not None:
-                yield _chunk(taken, places, catalog)
+                yield taken, places
                 taken, places, end = [], [], 0
     if taken:
-        yield _chunk(taken, places, catalog)
+        yield taken, places
 
 
 def _that_fit(matrix: Matrix, rows: int) -> int:
@@ -235,33 +267,48 @@ def _that_fit(matrix: Matrix, rows: int) -> int:
     return max(0, (matrix.rows_left + rows) // BLOCK * BLOCK - matrix.rows_left)
 
 
-def _chunk(taken: Sequence[Matrix], places: Sequence[int], catalog: Catalog) -> Chunk:
-    copies = [_copy(matrix, place) for matrix, place in zip(taken, places, strict=True)]
-    # Between two boxes' cells may lie the second one's cell for its whole tensor, which is written last.
-    hole = 1 if Grid.TENSOR in catalog.grids else 0
-    spans = _joined(sorted(span for matrix in taken for span in _spans(matrix)), hole)
+def _grouped(group: Sequence[_Cut], catalog: Catalog) -> Iterator[Chunk]:
+    # Between two boxes' cells lies the second one's cell for all of it, which is written last.
+    passable = {matrix.tensor_cell for taken, _ in group for matrix in taken}
+    spans = _joined(sorted(span for taken, _ in group for matrix in taken for span in _spans(matrix)), passable)
     starts = [0, *itertools.accumulate(end - first for first, end in spans)]
-    local = {}
-    for (first, end), start in zip(spans, starts, strict=False):
-        local[first, end] = start
-    return Chunk(
-        matrices=tuple(taken),
-        places=tuple(places),
-        copies=tuple(coalesced(copies)),
-        cells=starts[-1],
-        first_cells=tuple(_first(matrix, local) for matrix in taken),
-        cell_copies=tuple(
-            Copy(
-                target=catalog.moments_offset + first * FIELD_BYTES,
-                source=start * FIELD_BYTES,
-                width=(end - first) * FIELD_BYTES,
-                height=len(FIELDS),
-                target_pitch=field_stride(catalog.cells),
-                source_pitch=field_stride(starts[-1]),
-            )
-            for (first, end), start in local.items()
-        ),
+    local = _Places([first for first, _ in spans], starts)
+    copies = tuple(
+        Copy(
+            target=catalog.moments_offset + first * FIELD_BYTES,
+            source=start * FIELD_BYTES,
+            width=(end - first) * FIELD_BYTES,
+            height=len(FIELDS),
+            target_pitch=field_stride(catalog.cells),
+            source_pitch=field_stride(starts[-1]),
+        )
+        for (first, end), start in zip(spans, starts, strict=False)
     )
+    for number, (taken, places) in enumerate(group):
+        yield Chunk(
+            matrices=tuple(taken),
+            places=tuple(places),
+            copies=tuple(coalesced([_copy(matrix, place) for matrix, place in zip(taken, places, strict=True)])),
+            begins_group=number == 0,
+            cells=starts[-1],
+            first_cells=tuple((local.of(matrix.row_cell), local.of(matrix.block_cell)) for matrix in taken),
+            cell_copies=copies if number == len(group) - 1 else (),
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the slot's cells are among a group's: spans begin with the cells ``firsts``, and at ``starts``."""
+
+    firsts: Sequence[int]
+    starts: Sequence[int]
+
+    def of(self, cell: int | None) -> int:
+        """The place of a cell; of none, 0."""
+        if cell is None:
+            return 0
+        span = bisect.bisect_right(self.firsts, cell) - 1
+        return self.starts[span] + cell - self.firsts[span]
 
 
 def _copy(matrix: Matrix, place: int) -> Copy:
@@ -279,25 +326,16 @@ def _spans(matrix: Matrix) -> Iterator[tuple[int, int]]:
         yield matrix.block_cell, matrix.block_cell + matrix.strips * matrix.blocks
 
 
-def _joined(spans: Iterable[tuple[int, int]], hole: int) -> list[tuple[int, int]]:
+def _joined(spans: Iterable[tuple[int, int]], passable: Collection[int | None]) -> list[tuple[int, int]]:
+    """Longer spans; over single cells that may be passed over, too."""
     joined: list[tuple[int, int]] = []
     for first, end in spans:
-        if joined and first - joined[-1][1] <= hole:
+        last = joined[-1][1] if joined else None
+        if last is not None and (first == last or (first == last + 1 and last in passable)):
             joined[-1] = (joined[-1][0], end)
         else:
             joined.append((first, end))
     return joined
-
-
-def _first(matrix: Matrix, local: Mapping[tuple[int, int], int]) -> tuple[int, int]:
-    """Where among the chunk's cells those of a matrix begin: of rows, and of blocks."""
-
-    def place(cell: int | None) -> int:
-        if cell is None:
-            return 0
-        return next(start + cell - first for (first, end), start in local.items() if first <= cell < end)
-
-    return place(matrix.row_cell), place(matrix.block_cell)
 
 
 def pieces(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: Catalog) -> list[Piece]:

@@ -69,7 +69,7 @@ class Plan:
 
     @property
     def cells(self) -> int:
-        """The most cells that a chunk has."""
+        """The most cells that a group of chunks has."""
         return max((chunk.cells for chunk, _ in self.chunks), default=0)
 
     def addresses(self, shards: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -59,7 +59,6 @@ class _Half:
     """One half of the scratch memory; ``copied`` is when it may be overwritten."""
 
     memory: torch.Tensor
-    cells: torch.Tensor
     copied: Mark | None = None
 
 
@@ -119,6 +118,7 @@ class DeviceFlusher:
         mine = sum(self._catalog.tensors[box.tensor].bytes for boxes in owned.values() for box in boxes)
         self._limit = min(scratch_bytes, max(SMALLEST_SCRATCH_BYTES, mine // 8))
         self._halves: list[_Half] = []
+        self._cells: list[torch.Tensor] = []
         self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
         self._unfinished: list[tuple[int, Plan, _Tables]] = []
         self._copied: Mark | None = None
@@ -127,7 +127,7 @@ class DeviceFlusher:
         """Plan the flush of shards, and have the device compile its kernels: a first version does not wait for that."""
         plan, tables = self._planned(puts)
         memory = self._halves[0].memory
-        cells = torch.empty_like(self._halves[0].cells).view(STRIP_FIELDS, -1)
+        cells = torch.empty_like(self._cells[0]).view(STRIP_FIELDS, -1)
         for launch in {launch.kind: launch for _, launches in plan.chunks for launch in launches}.values():
             self._device.casting.run(lambda launch=launch: self._cast(launch, tables, memory, cells))  # type: ignore[misc]
         self._copied = self._device.casting.mark()
@@ -161,12 +161,17 @@ class DeviceFlusher:
 
     def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
         casting, copying = self._device.casting, self._device.copying
-        half = self._halves[0]
         self._halves.reverse()
+        half = self._halves[0]
         if half.copied is not None:
             casting.after(half.copied)
-        stride = field_stride(chunk.cells) // half.cells.element_size()
-        cells = half.cells[: STRIP_FIELDS * stride].view(STRIP_FIELDS, stride)
+        # Of moments nothing more has to be waited for: those of the group before the last were copied before what was
+        # in this half of the scratch memory.
+        if chunk.begins_group:
+            self._cells.reverse()
+        moments = self._cells[0]
+        stride = field_stride(chunk.cells) // moments.element_size()
+        cells = moments[: STRIP_FIELDS * stride].view(STRIP_FIELDS, stride)
         for launch in launches:
             casting.run(lambda launch=launch: self._cast(launch, tables, half.memory, cells))  # type: ignore[misc]
         copying.after(casting.mark())
@@ -175,7 +180,7 @@ class DeviceFlusher:
             copying.copy(copy, address, half.memory.data_ptr())
         # In line: on a stream of their own these small copies held up the large ones, by 5 % of a version.
         for copy in chunk.cell_copies:
-            copying.copy(copy, address, half.cells.data_ptr())
+            copying.copy(copy, address, moments.data_ptr())
         half.copied = copying.mark()
 
     def _cast(self, launch: Launch, tables: _Tables, memory: torch.Tensor, cells: torch.Tensor) -> None:
@@ -256,12 +261,11 @@ class DeviceFlusher:
 
     def _provide_scratch(self, plan: Plan) -> None:
         need = STRIP_FIELDS * field_stride(plan.cells)
-        if self._halves and self._halves[0].cells.nbytes >= need:
+        if self._cells and self._cells[0].nbytes >= need:
             return
         self.wait_until_copied(time.monotonic() + CHANGE_S)  # what is given back may else be written anew too early
-        memory = [half.memory for half in self._halves] or [self._device.memory(self._limit) for _ in range(2)]
-        cells = [self._device.memory(need).view(torch.float32) for _ in range(2)]
-        self._halves = [_Half(*one) for one in zip(memory, cells, strict=True)]
+        self._halves = self._halves or [_Half(self._device.memory(self._limit)) for _ in range(2)]
+        self._cells = [self._device.memory(need).view(torch.float32) for _ in range(2)]
 
     # The end of a version
 
