@@ -7,15 +7,18 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/stagingd demo
 
-# What is mostly waited for goes beside the rest: deaths, and engines that import and start.
-BESIDE := tests/test_crashes.py tests/test_demo.py tests/test_vllm_engine.py tests/test_vllm_fp8_engine.py \
-	tests/test_vllm_server.py tests/test_async_engine.py tests/test_weight_transfer.py tests/test_attachment.py \
-	tests/test_exactness_of_models.py tests/test_plans_of_models.py tests/test_plan_command.py
+# Deaths are mostly waited for, and engines mostly import and start, so they go beside the rest.
+DEATHS := tests/test_crashes.py
+ENGINES := tests/test_demo.py tests/test_vllm_engine.py tests/test_vllm_fp8_engine.py tests/test_vllm_server.py \
+	tests/test_async_engine.py tests/test_weight_transfer.py tests/test_attachment.py \
+	tests/test_exactness_of_models.py tests/test_plans_of_models.py
+BESIDE := $(DEATHS) $(ENGINES)
 
 test: .venv/installed
-	$(BIN)/pytest $(BESIDE) > .beside.log 2>&1 & beside=$$!; \
-	$(BIN)/pytest $(BESIDE:%=--ignore=%); rest=$$?; \
-	wait $$beside; status=$$?; cat .beside.log; exit $$((rest + status))
+	$(BIN)/pytest $(DEATHS) > .deaths.log 2>&1 & deaths=$$!; \
+	$(BIN)/pytest $(ENGINES) > .engines.log 2>&1 & engines=$$!; \
+	$(BIN)/pytest $(BESIDE:%=--ignore=%); failed=$$?; \
+	wait $$deaths || failed=1; wait $$engines || failed=1; cat .deaths.log .engines.log; exit $$failed
 
 lint: .venv/installed
 	$(BIN)/ruff format --check

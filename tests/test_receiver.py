@@ -233,6 +233,13 @@ def test_an_unknown_kernel_or_method_or_backend_is_refused_by_name(stage: Privat
         Receiver(worker.model, worker.plan, stage)
 
 
+def test_weights_on_several_devices_are_refused(stage: PrivateStage) -> None:
+    worker = Parallel("plain", 0, 1)
+    worker.model.o.weight = torch.nn.Parameter(worker.model.o.weight.to("meta"), requires_grad=False)
+    with pytest.raises(LayoutUnknown, match=r"embed\.weight is on cpu, and o\.weight on meta|on meta.*on cpu"):
+        Receiver(worker.model, worker.plan, stage)
+
+
 def test_a_stage_without_the_grid_that_a_scheme_needs_is_refused() -> None:
     full = tensors(0)
     with private_stage(full, grids=(Grid.TENSOR,)) as stage:

@@ -19,10 +19,9 @@ from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_
 
 from stagingd.errors import OutOfOrder
 from stagingd_vllm.derived import refresh_derived
-from stagingd_vllm.layouts import homes
 from stagingd_vllm.plan import StagedTensor
 from stagingd_vllm.reader import Reader
-from stagingd_vllm.receiver import Receiver, UpdateReport
+from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.skeleton import derive_plan
 from stagingd_vllm.versions import EngineNotSupported
@@ -69,8 +68,13 @@ class Place:
         Expert parallelism spreads experts over the same workers, so it adds no ranks.
 
         Raises:
-            EngineNotSupported: the groups are not those of the configured sizes.
+            EngineNotSupported: the groups are not those of the configured sizes, or experts move between workers.
         """
+        if getattr(parallel, "enable_eplb", False):
+            raise EngineNotSupported(
+                "the engine moves experts between its workers while it runs (enable_eplb)",
+                remedy="start it without: which experts a worker holds has to stay as it is",
+            )
         groups = (get_pp_group(), get_pcp_group(), get_tp_group())
         place = cls.within(engine, parallel.data_parallel_index, parallel.data_parallel_size, groups)
         if place.ranks != parallel.world_size:
@@ -85,11 +89,10 @@ class Place:
 class Attachment:
     """A worker's part in a stage. ``Attachment.to`` makes it, ``detach`` ends it."""
 
-    def __init__(self, place: Place, reader: Reader, receiver: Receiver, model: torch.nn.Module) -> None:
+    def __init__(self, place: Place, reader: Reader, receiver: Receiver) -> None:
         self.place = place
         self.reader = reader
         self.receiver = receiver
-        self._model = model
         self._witness: torch.Tensor | None = None
 
     @classmethod
@@ -136,7 +139,7 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config))
             undo.pop_all()
-        return cls(place, reader, receiver, model)
+        return cls(place, reader, receiver)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -167,12 +170,16 @@ class Attachment:
         """
         if self._witness is None or weights_asleep(_allocators()):
             return None
+        try:
+            self.receiver.check()
+        except LayoutChanged:
+            return None
         return self.receiver.version if torch.equal(self._witness, self._look()) else None
 
     def _look(self) -> torch.Tensor:
         """A sample of the bytes of the live weights, on their device: WITNESS_BYTES of each parameter at most."""
-        live = homes(self._model)
-        written = [live[name].weight.detach() for name in sorted(self.receiver.plan.parameters)]
+        weights = self.receiver.weights
+        written = [weights[name] for name in sorted(weights)]
         return torch.cat([_sample(weight) for weight in written[:: -(-len(written) // WITNESS_PARAMETERS)]])
 
     def summary(self) -> dict[str, Any]:

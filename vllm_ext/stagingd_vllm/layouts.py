@@ -81,12 +81,14 @@ class Home:
         scale: the live scales, float32: (1,) or (experts,) per tensor, (rows,) or (experts, rows) per channel,
             (rows / 128, columns / 128), with the experts before, per block; None without a scheme.
         parts: into how many parts of equal size its rows fall, each padded by itself: gate and up.
+        places: the modules' attributes that weight and scale were found at.
     """
 
     weight: torch.Tensor
     scheme: Scheme | None = None
     scale: torch.Tensor | None = None
     parts: int = 1
+    places: tuple[tuple[torch.nn.Module, str], ...] = ()
 
     def takes(self, shape: Shape) -> bool:
         """Whether a parameter that the loader sees in this shape fits: as it is, or padded to whole blocks."""
@@ -143,7 +145,7 @@ def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
             parts = getattr(getattr(module.quant_method, "moe", None), "w13_num_shards", 2) if "w13" in name else 1
             yield name, _quantized(path, module, name, live, scheme, parts)
         elif scheme is None or name not in scale_names:
-            yield name, Home(live)
+            yield name, Home(live, places=((module, name),))
 
 
 def _check_derived(path: str, module: torch.nn.Module) -> None:
@@ -161,17 +163,20 @@ def _check_kernel(path: str, module: torch.nn.Module) -> None:
 
 def _check_backend(path: str, module: torch.nn.Module) -> None:
     method = module.quant_method
-    for attribute in ("unquantized_backend", "fp8_backend", "int8_backend"):
-        backend = getattr(method, attribute, None)
-        if backend is not None and backend.name not in BACKENDS:
-            raise _unknown(path, module, f"experts' backend {backend.name} keeps weights in another order")
+    kinds = ("unquantized_backend", "fp8_backend", "int8_backend")
+    names = [backend.name for kind in kinds if (backend := getattr(method, kind, None)) is not None]
+    if not names or not BACKENDS.issuperset(names):
+        raise _unknown(
+            path, module, f"in which order experts' backend {names or 'of no name'} keeps weights is not known"
+        )
 
 
 def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor, scheme: Scheme, parts: int) -> Home:
     weight = live if name != "weight" or scheme.granularity is Granularity.BLOCK else live.t()
     if live.dtype != getattr(torch, scheme.live):
         raise _unknown(path, module, f"{name} is {live.dtype} and not {scheme.live}")
-    scale = _scale_of(module, name, scheme)
+    scale_name = _scale_name(name, scheme)
+    scale: torch.Tensor | None = getattr(module, scale_name, None)
     if scale is None or scale.dtype != torch.float32:
         raise _unknown(path, module, f"{name} has no float32 scales where {scheme.name} keeps them")
     expected = _scale_shape(weight, scheme)
@@ -180,14 +185,13 @@ def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor
         raise _unknown(
             path, module, f"scales of {name} are {tuple(scale.shape)} and should be {tuple(expected)} and contiguous"
         )
-    return Home(weight, scheme, scale.view(expected), parts)
+    return Home(weight, scheme, scale.view(expected), parts, ((module, name), (module, scale_name)))
 
 
-def _scale_of(module: torch.nn.Module, name: str, scheme: Scheme) -> torch.Tensor | None:
-    suffix = "scale_inv" if scheme.granularity is Granularity.BLOCK else "scale"
-    names = [f"{name}_{suffix}"] if scheme is not INT8_PER_CHANNEL else [f"{name.removesuffix('_weight')}_scale"]
-    found = [getattr(module, one, None) for one in names]
-    return found[0]
+def _scale_name(name: str, scheme: Scheme) -> str:
+    if scheme is INT8_PER_CHANNEL:
+        return f"{name.removesuffix('_weight')}_scale"
+    return f"{name}_scale_inv" if scheme.granularity is Granularity.BLOCK else f"{name}_scale"
 
 
 def _scale_shape(weight: torch.Tensor, scheme: Scheme) -> torch.Size:

@@ -40,11 +40,11 @@ def _keep_plain_parameters_for_the_backend() -> None:
 
     packed = utils.dispatch_cpu_unquantized_gemm
 
-    def dispatch(layer: Any, remove_weight: bool) -> None:
+    def dispatch(layer: Any, **options: bool) -> None:
         transfer = get_current_vllm_config().weight_transfer_config
         if transfer is not None and transfer.backend == BACKEND:
             compute_from_parameter(layer)
         else:
-            packed(layer, remove_weight)
+            packed(layer, **options)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch

@@ -33,7 +33,9 @@ def quantize(values: torch.Tensor, scale: torch.Tensor, granularity: Granularity
         scaled = values.float() / per_element
     else:
         scaled = values.float() * per_element.reciprocal()
-    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    # As CUDA's fminf and fmaxf clamp: of zeros with a scale of zero, which are NaN, they make a number.
+    most = torch.tensor(FP8_MAX, device=scaled.device)
+    return torch.fmax(torch.fmin(scaled, most), -most).to(torch.float8_e4m3fn)
 
 
 def spread(scale: torch.Tensor, granularity: Granularity, box: Box) -> torch.Tensor:

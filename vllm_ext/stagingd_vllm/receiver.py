@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -16,7 +16,7 @@ from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
 from stagingd_vllm.carriers import carrier, registered
-from stagingd_vllm.layouts import Home, homes
+from stagingd_vllm.layouts import Home, LayoutUnknown, homes
 from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.plan import ReadPlan, Region
 from stagingd_vllm.recipe import make_recipe
@@ -114,7 +114,6 @@ class Receiver:
     ) -> None:
         self.plan = plan
         self._refresh = refresh
-        self._model = model
         self._version: int | None = None
         found = homes(model)
         missing = next((name for name in plan.parameters if name not in found), None)
@@ -123,9 +122,14 @@ class Receiver:
         live = {name: found[name] for name in plan.parameters}
         for entry in plan.entries:
             _check_room(entry.region, live[entry.region.parameter])
-        self._fingerprints = _fingerprints(live)
+        self._live = live
+        self._places = [
+            (f"{name}'s scale" if number else name, module, attribute, Fingerprint.of(getattr(module, attribute)))
+            for name, home in live.items()
+            for number, (module, attribute) in enumerate(home.places)
+        ]
+        self._device = _device_of(live)
         recipe = make_recipe(plan, live, source.catalog)
-        self._device = next(iter(live.values())).weight.device if live else torch.device("cpu")
         self._moves = carrier(recipe.moves, self._device)
         self._scales = LiveScales(recipe, rule or ScaleRule(), self._device)
         self._unregister: Callable[[], None] = registered(source.slots, self._device)
@@ -147,7 +151,7 @@ class Receiver:
         """
         started = time.perf_counter()
         with lease:
-            self._check()
+            self.check()
             self._version = None
             self._scales.set(lease.slot, lease.stored)
             self._moves.carry(lease.slot)
@@ -164,26 +168,36 @@ class Receiver:
         release, self._unregister = self._unregister, lambda: None
         release()
 
-    def _check(self) -> None:
-        found = homes(self._model)
-        live = _fingerprints({name: found[name] for name in self.plan.parameters if name in found})
-        for name, expected in self._fingerprints.items():
-            if live.get(name) != expected:
-                raise _changed(name, f"was {expected} and is {live.get(name, 'gone')}")
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The live memory of every parameter that is written, by its name."""
+        return {name: home.weight for name, home in self._live.items()}
+
+    def check(self) -> None:
+        """Raises LayoutChanged: a live parameter, or its scale, is not where it was, or not what it was."""
+        for name, module, attribute, expected in self._places:
+            live = getattr(module, attribute, None)
+            found = Fingerprint.of(live) if isinstance(live, torch.Tensor) else None
+            if found != expected:
+                raise _changed(name, f"was {expected} and is {found or 'gone'}")
+
+
+def _device_of(live: Mapping[str, Home]) -> torch.device:
+    devices = {home.weight.device: name for name, home in live.items()}
+    if len(devices) > 1:
+        (one, first), (other, second), *_ = devices.items()
+        raise LayoutUnknown(
+            f"live parameter {first} is on {one}, and {second} on {other}",
+            remedy="start the engine without offloading: all weights have to be on one device",
+            parameter=second,
+        )
+    return next(iter(devices), torch.device("cpu"))
 
 
 def _check_room(region: Region, home: Home) -> None:
     last = region.offset + sum((n - 1) * s for n, s in zip(region.shape, region.stride, strict=True))
     if not 0 <= last < home.weight.numel():
         raise _changed(region.parameter, f"is {Fingerprint.of(home.weight)} and has no {region}")
-
-
-def _fingerprints(live: dict[str, Home]) -> dict[str, Fingerprint]:
-    found = {name: Fingerprint.of(home.weight) for name, home in live.items()}
-    for name, home in live.items():
-        if home.scale is not None:
-            found[f"{name}'s scale"] = Fingerprint.of(home.scale)
-    return found
 
 
 def _changed(name: str, how: str) -> LayoutChanged:
