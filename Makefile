@@ -14,6 +14,8 @@ ENGINES := tests/test_demo.py tests/test_vllm_engine.py tests/test_vllm_fp8_engi
 	tests/test_exactness_of_models.py tests/test_plans_of_models.py
 BESIDE := $(DEATHS) $(ENGINES)
 
+# One thread each: threads that wait for each other on busy cores take a hundred times as long.
+test: export OMP_NUM_THREADS = 1
 test: .venv/installed
 	$(BIN)/pytest $(DEATHS) > .deaths.log 2>&1 & deaths=$$!; \
 	$(BIN)/pytest $(ENGINES) > .engines.log 2>&1 & engines=$$!; \

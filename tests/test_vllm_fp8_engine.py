@@ -11,57 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from stagingd_vllm.answers import checked
+from tiny_engines import OPTIONS, engine_environment, save_checkpoints
 
 pytestmark = pytest.mark.vllm
-
-RANKS = 2
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3Config(
-        hidden_size=256,
-        intermediate_size=384,
-        num_hidden_layers=1,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=1021,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    paths = [tmp_path_factory.mktemp("checkpoint") for _ in range(2)]
-    for seed, path in enumerate(paths):
-        torch.manual_seed(seed)
-        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter) * 0.05)
-        model.save_pretrained(path)
-    return paths
+    return save_checkpoints(tmp_path_factory.mktemp("checkpoints"), 2, width=384)  # kernels take multiples of 16
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoints: list[Path]) -> Iterator[Any]:
+def engine(tmp_path_factory: pytest.TempPathFactory, checkpoints: list[Path]) -> Iterator[Any]:
     """An engine that runs the first checkpoint."""
     vllm = pytest.importorskip("vllm")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(RANKS))))
-        environment.setenv("HF_HUB_OFFLINE", "1")
+    with engine_environment(tmp_path_factory.mktemp("plugins")), pytest.MonkeyPatch.context() as environment:
         environment.setenv("TORCHDYNAMO_DISABLE", "1")  # the quantization of activations is compiled otherwise
-        llm = vllm.LLM(
-            str(checkpoints[0]),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=256,
-            gpu_memory_utilization=0.2,
-            tensor_parallel_size=RANKS,
-            quantization="fp8_per_tensor",
-            worker_extension_cls="fp8_extension.Fp8Extension",
-        )
+        options = OPTIONS | {"worker_extension_cls": "fp8_extension.Fp8Extension"}
+        llm = vllm.LLM(str(checkpoints[0]), tensor_parallel_size=2, quantization="fp8_per_tensor", **options)
         yield llm
         llm.llm_engine.engine_core.shutdown()
 

@@ -29,12 +29,12 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def save_checkpoints(folder: Path, number: int) -> list[Path]:
-    """Checkpoints of one tiny model, as versions 1, 2, … of it would be."""
+def save_checkpoints(folder: Path, number: int, width: int = 344) -> list[Path]:
+    """Checkpoints of one tiny model, as versions 1, 2, … of it would be; ``width`` is that of its inner layer."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(
         hidden_size=256,
-        intermediate_size=344,
+        intermediate_size=width,
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,

@@ -1,0 +1,168 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Versions into the live weights of real vLLM engines, beside a pinned copy of the same bytes and vLLM's own reload.
+
+    python -m benchmarks.read --model 8B --tensor-parallel 1 --mode fp8_per_tensor
+
+A version is read from its lease on, by all ranks at once, while nobody generates.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from stagingd_client import Stage
+from stagingd_vllm.answers import checked
+
+from benchmarks.host import daemon, end, remove_segments
+from benchmarks.host_case import BenchmarkFailed
+from benchmarks.read_model import SIZES
+from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
+from stagingd.errors import StagingError
+
+TRAINER_S = 300.0
+"""The longest that staging two versions may take, in seconds."""
+MIB = 2**20
+RATIO_AIM = 1.10
+MEMORY_AIM = 256.0
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def train(model: str, socket: Path) -> None:
+    """Stage two versions of random weights, from one rank."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = dict(SIZES[model].tensors(1, device))
+    with Stage.open(model, rank=0, ranks=1, socket=socket, timeout_s=TRAINER_S) as stage:
+        stage.declare(tensors)
+        for version in (1, 2):
+            for name, values in SIZES[model].tensors(version, device):
+                tensors[name].copy_(values)
+            stage.begin(version)
+            for name, tensor in tensors.items():
+                stage.put(name, tensor)
+            publication = stage.commit()
+            stage.fence()
+            publication.wait()
+
+
+def measure(model: str, ranks: int, mode: str, folder: Path, socket: Path, updates: int, reloads: int) -> list[Row]:
+    """Start an engine, have it read, and end it."""
+    from vllm import LLM  # noqa: PLC0415 - takes seconds
+
+    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8]}
+    llm = LLM(
+        str(folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        quantization=None if mode == "bfloat16" else mode,
+        tensor_parallel_size=ranks,
+        worker_extension_cls="benchmarks.read_worker.ReadWorkerExtension",
+        max_model_len=256,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.8 if torch.cuda.is_available() else 0.2,
+        disable_log_stats=True,
+        **({"compilation_config": graphs} if torch.cuda.is_available() else {"enforce_eager": True}),
+    )
+    try:
+
+        def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
+            return checked(llm.collective_rpc(method, kwargs=arguments))
+
+        ask("stagingd_attach", stage=model, socket=str(socket), engine=f"{mode}-{ranks}")
+        ask("stagingd_update")
+        for found in ask("stagingd_check"):
+            if found["wrong"] or not found["bytes"]:
+                raise BenchmarkFailed(
+                    f"{found['wrong']} of {found['bytes']} bytes of {model} {mode} are wrong", remedy="run the tests"
+                )
+        read = ask("stagingd_measure", updates=updates)
+        reloaded = ask("stagingd_reload", times=reloads) if reloads else []
+        llm.collective_rpc("stagingd_detach")
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    return rows(f"{model}, {mode}, TP {ranks}", read, reloaded)
+
+
+def rows(label: str, read: list[dict[str, Any]], reloaded: list[dict[str, Any]]) -> list[Row]:
+    """The figures of one engine: those of its slowest rank."""
+    seconds = _median([max(times) for times in zip(*(rank["seconds"] for rank in read), strict=True)])
+    pinned = max(rank["bytes"] / rank["pinned"] for rank in read)
+    memory = max(rank["device_bytes"] for rank in read) / MIB
+    found = [
+        Row(f"{label}: pinned copy, all ranks at once", min(rank["pinned"] for rank in read) / 1e9, "GB/s", "higher"),
+        Row(f"{label}: lease to live", seconds * 1e3, "ms", "lower"),
+        Row(f"{label}: of a pinned copy of the same bytes", seconds / pinned, "ratio", "lower", RATIO_AIM),
+        Row(f"{label}: bytes that a rank reads, of the stage", max(r["share"] for r in read), "ratio", "lower"),
+        Row(f"{label}: device memory", memory, "MiB", "lower", MEMORY_AIM),
+    ]
+    if reloaded:
+        times = [max(some) for some in zip(*(rank["seconds"] for rank in reloaded), strict=True)]
+        extra = max(rank["device_bytes"] for rank in reloaded) / MIB
+        found.append(Row(f"{label}: vLLM's layerwise reload from pinned tensors", _median(times) * 1e3, "ms", "lower"))
+        found.append(Row(f"{label}: its device memory", extra, "MiB", "lower"))
+    return found
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+@app.command()
+def read(
+    model: Annotated[list[str] | None, typer.Option(help=f"Which: {', '.join(SIZES)}. [default: 8B]")] = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks of the engine.")] = 1,
+    mode: Annotated[list[str] | None, typer.Option(help="vLLM's quantizations, or bfloat16.")] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Timed updates.")] = 7,
+    reloads: Annotated[int, typer.Option(min=0, help="Timed reloads by vLLM itself.")] = 0,
+    machine: Annotated[str | None, typer.Option(help="The machine's name in the report.")] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
+) -> None:
+    """Measure how versions get into the live weights of vLLM engines on this machine."""
+    models, modes = model or ["8B"], mode or ["fp8_per_tensor"]
+    console = Console(width=140)
+    around = surroundings(models=models, modes=modes, tensor_parallel=tensor_parallel, updates=updates)
+    found: list[Row] = []
+    prefix = f"/stagingd-bench-{os.getpid()}-"
+    with ExitStack() as cleanup:
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="stagingd-bench-")))
+        cleanup.callback(remove_segments, prefix)
+        socket = cleanup.enter_context(daemon(folder, prefix))
+        for name in models:
+            SIZES[name].save_config(folder / name)
+            trainer = multiprocessing.get_context("spawn").Process(target=train, args=(name, socket))
+            trainer.start()
+            cleanup.callback(end, trainer)
+            trainer.join(TRAINER_S)
+            if trainer.exitcode != 0:
+                raise BenchmarkFailed(f"the trainer of {name} did not stage it", remedy="its own words are above")
+            for some in modes:
+                found += measure(name, tensor_parallel, some, folder / name, socket, updates, reloads)
+                report = Report("read", machine_slug(machine), around, found)
+                path = report.write(results)  # after every engine: they take minutes
+    console.print(report.table())
+    console.print(f"written to {path}")
+
+
+def main() -> None:
+    """Entry point: a refusal is one line and exit status 1, not a traceback."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or nothing would be cleaned up
+    try:
+        app()
+    except StagingError as error:
+        typer.echo(f"benchmarks.read: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""One worker of ``benchmarks.read``: what it measures, and that what it has read is right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stagingd_vllm.answers import Answer, answering
+from stagingd_vllm.attachment import Attachment
+from stagingd_vllm.extension import StagingdWorkerExtension, Worker, attachment_of
+from stagingd_vllm.layouts import Home, homes
+from stagingd_vllm.plan import PlanEntry
+from stagingd_vllm.quantize import quantize
+from stagingd_vllm.reader import Lease
+from stagingd_vllm.scales import Granularity
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from stagingd.boxes import whole
+
+PINNED_BYTES = 2 * 2**30
+CHECKED = 24
+"""Parameters that are compared, spread evenly."""
+
+
+class ReadWorkerExtension(StagingdWorkerExtension):
+    """The extension that users name, and what the benchmark asks."""
+
+    @answering
+    def stagingd_measure(self: Worker, updates: int) -> Answer:
+        """Seconds of reading and writing a version from its lease on, all ranks at once, and of a pinned copy."""
+        attachment = attachment_of(self)
+        device = next(self.get_model().parameters()).device
+        before = _reset(device)
+        seconds = [_timed(device, lambda: _apply(attachment)) for _ in range(updates)]
+        peak = _peak(device) - before
+        bytes_read = attachment.receiver.plan.bytes_per_update
+        return {
+            "seconds": seconds,
+            "bytes": bytes_read,
+            "share": bytes_read / attachment.receiver.plan.staged_bytes,
+            "device_bytes": peak,
+            "pinned": _pinned(device),
+        }
+
+    @answering
+    def stagingd_check(self: Worker) -> Answer:
+        """How many bytes and scales of some parameters are not what follows from the stage's tensors."""
+        attachment = attachment_of(self)
+        plan, live = attachment.receiver.plan, homes(self.get_model())
+        found = {"bytes": 0, "wrong": 0}
+        with attachment.reader.lease() as lease:
+            for name in plan.parameters[:: -(-len(plan.parameters) // CHECKED)]:
+                entries = [entry for entry in plan.entries if entry.region.parameter == name]
+                for wrong, size in _compare(live[name], entries, lease):
+                    found["wrong"] += wrong
+                    found["bytes"] += size
+        return found
+
+    @answering
+    def stagingd_reload(self: Worker, times: int) -> Answer:
+        """Seconds of vLLM's own layerwise reload, from whole tensors that are in pinned memory already."""
+        attachment, model = attachment_of(self), self.get_model()
+        device = next(model.parameters()).device
+        with attachment.reader.lease() as lease:
+            pinned = {
+                name: lease.read(name).pin_memory() for name in (t.name for t in attachment.reader.catalog.tensors)
+            }
+
+        def reload() -> None:
+            with set_current_vllm_config(self.vllm_config), device:
+                initialize_layerwise_reload(model)
+                model.load_weights((name, tensor.to(device, non_blocking=True)) for name, tensor in pinned.items())
+                finalize_layerwise_reload(model, self.vllm_config.model_config)
+
+        before = _reset(device)
+        seconds = [_timed(device, reload) for _ in range(times)]
+        return {"seconds": seconds, "device_bytes": _peak(device) - before}
+
+
+def _apply(attachment: Attachment) -> None:
+    attachment.receiver.apply(attachment.reader.lease())
+
+
+def _timed(device: torch.device, what: Callable[[], Any]) -> float:
+    """All ranks begin together."""
+    _synchronize(device)
+    torch.distributed.barrier(get_tp_group().cpu_group)
+    begin = time.perf_counter()
+    what()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _pinned(device: torch.device) -> float:
+    """Bytes a second of a copy from pinned memory, all ranks at once."""
+    size = PINNED_BYTES if device.type == "cuda" else 2**24
+    source = (
+        torch.randint(0, 255, (size,), dtype=torch.uint8).pin_memory() if device.type == "cuda" else torch.ones(size)
+    )
+    target = torch.empty_like(source, device=device)
+    seconds = sorted(_timed(device, lambda: target.copy_(source, non_blocking=True)) for _ in range(7))
+    return source.nbytes / seconds[3]
+
+
+def _compare(home: Home, entries: list[PlanEntry], lease: Lease) -> list[tuple[int, int]]:
+    """For each entry of a matrix: how many elements are wrong, and how many there are."""
+    found = []
+    for entry in entries:
+        if home.weight.dim() != 2 or entry.region.stride != (home.weight.shape[1], 1):
+            continue
+        first = entry.region.offset // home.weight.shape[1]
+        live = home.weight[first : first + entry.source.lengths[0]]
+        staged = lease.read(entry.tensor, entry.source).to(live.device)
+        if home.scheme is None:
+            wanted = staged
+        elif home.scheme.granularity is Granularity.BLOCK:
+            continue  # compared by tests; here blocks are of a fused matrix
+        else:
+            assert home.scale is not None
+            scale = home.scale if home.scale.numel() == 1 else home.scale[first : first + len(live), None]
+            wanted = quantize(staged, scale, home.scheme.granularity, whole(tuple(live.shape)))
+        wrong = live.contiguous().view(torch.uint8) != wanted.contiguous().view(torch.uint8)
+        found.append((int(wrong.sum()), wrong.numel()))
+    return found
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
