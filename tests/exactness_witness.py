@@ -24,7 +24,7 @@ import torch
 from fp8_on_cpu import scaled_fp8_quant
 from private_stage import PrivateStage, by_columns, by_rows, private_stage
 from stagingd_vllm.layouts import Home, homes
-from stagingd_vllm.offline import NoSuchWorker, Worker, derive_offline, worker_config
+from stagingd_vllm.offline import Worker, derive_offline, worker_config
 from stagingd_vllm.plan import ReadPlan, StagedTensor
 from stagingd_vllm.receiver import Receiver
 from tiny_models import MODELS, TinyModel
@@ -226,7 +226,7 @@ def serve(folder: Path) -> None:
             model.save_config(path)
         try:
             found: Any = examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
-        except (StagingError, NoSuchWorker) as refused:
+        except StagingError as refused:
             found = {"refused": str(refused)}
         print("outcome", json.dumps(found), flush=True)
 

@@ -110,7 +110,6 @@ def trainer(daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    pytest.importorskip("uvicorn", reason="the server needs it")
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "version-1")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--weight-transfer-config", json.dumps(BACKEND)]

@@ -14,10 +14,13 @@ def register(address: int, size: int) -> str | None:
     (status,) = runtime.cudaHostRegister(address, size, _FLAGS)
     if status != runtime.cudaError_t.cudaSuccess:
         runtime.cudaGetLastError()  # forgets it: else torch would take it for the failure of its next kernel
+        if status == runtime.cudaError_t.cudaErrorNotSupported:
+            return f"{status.name}, this driver registers no memory that is mapped read-only"
         return str(status.name)
     status, seen = runtime.cudaHostGetDevicePointer(address, 0)
     if status != runtime.cudaError_t.cudaSuccess or int(seen) != address:
         runtime.cudaHostUnregister(address)
+        runtime.cudaGetLastError()
         return f"the device sees host memory elsewhere than the host does ({status.name})"
     return None
 

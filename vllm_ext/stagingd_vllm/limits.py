@@ -147,61 +147,61 @@ class Limits:
     Args:
         cells: which cells belong to which scale.
         scales: how many scales there are; those without any cell have limit 0.
+        rule: how a limit follows from moments.
     """
 
-    def __init__(self, cells: Sequence[Cells], scales: int) -> None:
+    def __init__(self, cells: Sequence[Cells], scales: int, rule: ScaleRule) -> None:
         scale, cell, count = (
             np.concatenate([getattr(some, name) for some in cells]) if cells else np.zeros(0, np.int64)
             for name in ("scale", "cell", "count")
         )
         order = np.argsort(scale, kind="stable")
-        self._scale, self._cell, self._count = scale[order], cell[order], count[order]
-        self._starts = np.flatnonzero(np.diff(self._scale, prepend=-1))
+        scale, cell = scale[order], cell[order]
+        starts = np.flatnonzero(np.diff(scale, prepend=-1))
         self._scales = scales
+        self._rule = rule
+        # Kept for this rule alone: of 22 million rows of experts they take half a gigabyte.
+        self._all = Cells(scale, cell, count[order]) if rule.sigmas is not None else None
         # Nearly all rows lie whole with one trainer rank, and follow each other as cells and as scales.
-        single = np.diff([*self._starts, len(self._scale)]) == 1
-        self._runs = list(_runs(self._cell[self._starts[single]], self._scale[self._starts[single]]))
-        self._several = _Several.of(self._cell, self._scale, self._starts, single)
+        single = np.diff([*starts, len(scale)]) == 1
+        self._runs = list(_runs(cell[starts[single]], scale[starts[single]]))
+        self._several = _Several.of(cell, scale, starts, single)
 
-    def of(self, stored: StoredMoments, rule: ScaleRule) -> npt.NDArray[np.float32]:
-        """The limits of one version: float32, one per scale.
-
-        Args:
-            stored: the moments of the version's slot.
-            rule: how a limit follows from moments.
-        """
+    def of(self, stored: StoredMoments) -> npt.NDArray[np.float32]:
+        """The limits of one version, given the moments of its slot: float32, one per scale."""
         limits = np.zeros(self._scales, np.float32)
-        if rule.sigmas is None:
+        if self._all is None:
             for cell, scale, length in self._runs:
                 limits[scale : scale + length] = stored.amax[cell : cell + length]
             if len(self._several.cell):
                 limits[self._several.scale] = np.maximum.reduceat(stored.amax[self._several.cell], self._several.starts)
-        elif len(self._cell):
-            limits[self._scale[self._starts]] = rule.limits(self._merged(stored)).numpy()
+        elif len(self._all.cell):
+            limits[np.unique(self._all.scale)] = self._rule.limits(_merged(self._all, stored)).numpy()
         return limits
 
-    def _merged(self, stored: StoredMoments) -> Moments:
-        """Cells merged in pairs, a round for each doubling of what belongs to one scale."""
-        scale = self._scale
-        nonfinite = stored.nonfinite[self._cell].astype(np.int64)
-        found = Moments(
-            self._count - nonfinite,
-            stored.mean[self._cell].astype(np.float64),
-            stored.m2[self._cell].astype(np.float64),
-            stored.amax[self._cell],
-            nonfinite,
-        )
-        while len(np.unique(scale)) < len(scale):
-            starts = np.flatnonzero(np.diff(scale, prepend=-1))
-            rank = np.arange(len(scale)) - np.repeat(starts, np.diff([*starts, len(scale)]))
-            first = np.flatnonzero(rank % 2 == 0)
-            paired = np.flatnonzero(np.isin(first + 1, np.flatnonzero(rank % 2)))
-            union = merged(_at(found, first[paired]), _at(found, first[paired] + 1))
-            kept = _at(found, first)
-            for mine, theirs in zip(_fields(kept), _fields(union), strict=True):
-                mine[paired] = theirs
-            found, scale = kept, scale[first]
-        return found
+
+def _merged(cells: Cells, stored: StoredMoments) -> Moments:
+    """Cells merged in pairs, a round for each doubling of what belongs to one scale."""
+    scale = cells.scale
+    nonfinite = stored.nonfinite[cells.cell].astype(np.int64)
+    found = Moments(
+        cells.count - nonfinite,
+        stored.mean[cells.cell].astype(np.float64),
+        stored.m2[cells.cell].astype(np.float64),
+        stored.amax[cells.cell],
+        nonfinite,
+    )
+    while len(np.unique(scale)) < len(scale):
+        starts = np.flatnonzero(np.diff(scale, prepend=-1))
+        rank = np.arange(len(scale)) - np.repeat(starts, np.diff([*starts, len(scale)]))
+        first = np.flatnonzero(rank % 2 == 0)
+        paired = np.flatnonzero(np.isin(first + 1, np.flatnonzero(rank % 2)))
+        union = merged(_at(found, first[paired]), _at(found, first[paired] + 1))
+        kept = _at(found, first)
+        for mine, theirs in zip(_fields(kept), _fields(union), strict=True):
+            mine[paired] = theirs
+        found, scale = kept, scale[first]
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,34 +11,33 @@ import torch
 from stagingd.moments import StoredMoments
 from stagingd_vllm.carriers import carrier
 from stagingd_vllm.recipe import Recipe, ScaleSpan
-from stagingd_vllm.scales import ScaleRule
 
 
 class LiveScales:
     """All scales of one worker.
 
+    What moments do not tell, blocks that fusing or tensor parallelism cuts elsewhere than the stage's grid, follows
+    from the greatest magnitude of the worker's own slice, whatever the scale rule.
+
     Args:
         recipe: which scales there are, and what they are made of.
-        rule: how they follow from moments. What moments do not tell, blocks that fusing or tensor parallelism cuts
-            elsewhere than the stage's grid, follows from the greatest magnitude whatever the rule.
         device: where they are.
     """
 
-    def __init__(self, recipe: Recipe, rule: ScaleRule, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._recipe = recipe
-        self._rule = rule
         self._peaks = carrier(recipe.peaks, device) if recipe.peaks else None
         count = sum(span.count for span in recipe.spans)
         self._host = torch.empty(count, dtype=torch.float32, pin_memory=device.type == "cuda")
         self._live = [_flat(span) for span in recipe.spans]
         self._staged = [self._host[span.first : span.first + span.count] for span in recipe.spans]
         # One formula for all scales of a scheme: thousands of small operations would take longer than the read.
-        self._known = [
-            (scheme, slice(some[0].first, some[-1].first + some[-1].count))
+        self._ranges = [
+            (None if from_slice else scheme.formula, slice(some[0].first, some[-1].first + some[-1].count))
             for (scheme, from_slice), group in itertools.groupby(
                 recipe.spans, lambda span: (span.scheme, span.from_slice)
             )
-            if not from_slice and (some := list(group))
+            if (some := list(group))
         ]
 
     def set(self, slot: torch.Tensor, stored: StoredMoments) -> None:
@@ -50,11 +49,10 @@ class LiveScales:
         """
         if not self._live:
             return
-        limits = torch.from_numpy(self._recipe.limits.of(stored, self._rule))
+        limits = torch.from_numpy(self._recipe.limits.of(stored))
         # A copy of the version before has been waited for (Receiver.apply), so the memory is free to be written.
-        self._host.copy_(limits)
-        for scheme, some in self._known:
-            self._host[some] = scheme.formula(limits[some])
+        for formula, some in self._ranges:
+            self._host[some] = limits[some] if formula is None else formula(limits[some])
         torch._foreach_copy_(self._live, self._staged, non_blocking=True)
         if self._peaks is not None:
             self._peaks.carry(slot)

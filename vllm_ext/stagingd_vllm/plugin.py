@@ -16,12 +16,13 @@ def register() -> None:
     Does nothing with a vLLM that has no such backends: this runs in engines that never heard of a stage, too, and one
     that asks for the backend is then refused by vLLM.
     """
-    with contextlib.suppress(ImportError):
+    try:
         from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-
-        with contextlib.suppress(ValueError):  # registered before
-            WeightTransferEngineFactory.register_engine(BACKEND, "stagingd_vllm.engine", "StagingdEngine")
-        _keep_plain_parameters_for_the_backend()
+    except ImportError:
+        return
+    with contextlib.suppress(ValueError):  # registered before
+        WeightTransferEngineFactory.register_engine(BACKEND, "stagingd_vllm.engine", "StagingdEngine")
+    _keep_plain_parameters_for_the_backend()
 
 
 def _keep_plain_parameters_for_the_backend() -> None:

@@ -129,9 +129,9 @@ class Receiver:
             for number, (module, attribute) in enumerate(home.places)
         ]
         self._device = _device_of(live)
-        recipe = make_recipe(plan, live, source.catalog)
+        recipe = make_recipe(plan, live, source.catalog, rule or ScaleRule())
         self._moves = carrier(recipe.moves, self._device)
-        self._scales = LiveScales(recipe, rule or ScaleRule(), self._device)
+        self._scales = LiveScales(recipe, self._device)
         self._unregister: Callable[[], None] = registered(source.slots, self._device)
 
     @property
@@ -153,11 +153,14 @@ class Receiver:
         with lease:
             self.check()
             self._version = None
-            self._scales.set(lease.slot, lease.stored)
-            self._moves.carry(lease.slot)
-            self._refresh()
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+            try:
+                self._scales.set(lease.slot, lease.stored)
+                self._moves.carry(lease.slot)
+                self._refresh()
+            finally:
+                # Whatever failed: a slot is not given back while the device still reads it.
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()
         # Only now: a lease that was lost says so when it is released.
         self._version = lease.version
         seconds = time.perf_counter() - started

@@ -15,7 +15,7 @@ from stagingd_vllm.limits import Cells, Limits, cells_of_matrix
 from stagingd_vllm.matrices import Matrix, matrices, padded
 from stagingd_vllm.moves import Move, Scales, Treatment
 from stagingd_vllm.plan import PlanEntry, PlanRefused, ReadPlan
-from stagingd_vllm.scales import Granularity
+from stagingd_vllm.scales import Granularity, ScaleRule
 from stagingd_vllm.schemes import Scheme
 
 QUANTIZED_FROM = frozenset({"bfloat16", "float16"})
@@ -64,13 +64,14 @@ class Recipe:
     spans: tuple[ScaleSpan, ...]
 
 
-def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> Recipe:
+def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog, rule: ScaleRule) -> Recipe:
     """Work out what to do.
 
     Args:
         plan: what is read, and to which region of which parameter, as the loader sees it.
         homes: where these parameters live.
         catalog: the stage's.
+        rule: how scales follow from moments.
 
     Raises:
         PlanRefused, OutOfOrder: something cannot be done; names the tensor and the parameter.
@@ -100,7 +101,7 @@ def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> 
         for parameter, leading, found in made
     ]
     count = sum(span.count for span in spans.values())
-    return Recipe(tuple(moves), tuple(peaks), Limits(cells, count), tuple(spans.values()))
+    return Recipe(tuple(moves), tuple(peaks), Limits(cells, count, rule), tuple(spans.values()))
 
 
 def _matrices(entry: PlanEntry, shapes: Mapping[str, Shape], home: Home, catalog: Catalog) -> Iterator[Matrix]:
