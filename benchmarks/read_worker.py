@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +13,12 @@ import torch
 from stagingd_vllm.answers import Answer, answering
 from stagingd_vllm.attachment import Attachment
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker, attachment_of
-from stagingd_vllm.layouts import Home, homes
-from stagingd_vllm.plan import PlanEntry
-from stagingd_vllm.quantize import quantize
-from stagingd_vllm.reader import Lease
-from stagingd_vllm.scales import Granularity
+from stagingd_vllm.layouts import homes
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from stagingd.boxes import whole
+from benchmarks.read_check import Compared, compare
 
 PINNED_BYTES = 2 * 2**30
 CHECKED = 24
@@ -50,17 +47,15 @@ class ReadWorkerExtension(StagingdWorkerExtension):
 
     @answering
     def stagingd_check(self: Worker) -> Answer:
-        """How many bytes and scales of some parameters are not what follows from the stage's tensors."""
+        """Some parameters, of all bytes and scales, against the stage's tensors."""
         attachment = attachment_of(self)
         plan, live = attachment.receiver.plan, homes(self.get_model())
-        found = {"bytes": 0, "wrong": 0}
+        found = Compared()
         with attachment.reader.lease() as lease:
             for name in plan.parameters[:: -(-len(plan.parameters) // CHECKED)]:
                 entries = [entry for entry in plan.entries if entry.region.parameter == name]
-                for wrong, size in _compare(live[name], entries, lease):
-                    found["wrong"] += wrong
-                    found["bytes"] += size
-        return found
+                found += compare(live[name], plan.shapes[name], entries, lease.read)
+        return dataclasses.asdict(found)
 
     @answering
     def stagingd_reload(self: Worker, times: int) -> Answer:
@@ -106,28 +101,6 @@ def _pinned(device: torch.device) -> float:
     target = torch.empty_like(source, device=device)
     seconds = sorted(_timed(device, lambda: target.copy_(source, non_blocking=True)) for _ in range(7))
     return source.nbytes / seconds[3]
-
-
-def _compare(home: Home, entries: list[PlanEntry], lease: Lease) -> list[tuple[int, int]]:
-    """For each entry of a matrix: how many elements are wrong, and how many there are."""
-    found = []
-    for entry in entries:
-        if home.weight.dim() != 2 or entry.region.stride != (home.weight.shape[1], 1):
-            continue
-        first = entry.region.offset // home.weight.shape[1]
-        live = home.weight[first : first + entry.source.lengths[0]]
-        staged = lease.read(entry.tensor, entry.source).to(live.device)
-        if home.scheme is None:
-            wanted = staged
-        elif home.scheme.granularity is Granularity.BLOCK:
-            continue  # compared by tests; here blocks are of a fused matrix
-        else:
-            assert home.scale is not None
-            scale = home.scale if home.scale.numel() == 1 else home.scale[first : first + len(live), None]
-            wanted = quantize(staged, scale, home.scheme.granularity, whole(tuple(live.shape)))
-        wrong = live.contiguous().view(torch.uint8) != wanted.contiguous().view(torch.uint8)
-        found.append((int(wrong.sum()), wrong.numel()))
-    return found
 
 
 def _synchronize(device: torch.device) -> None:
