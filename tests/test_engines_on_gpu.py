@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(280)]
 
 MODELS = {
     "dense": Sizes(2, 512, 1024, 8, 4, 64, 1024),
-    "experts": Sizes(2, 512, 256, 8, 4, 64, 1024, experts=8),
+    "experts": Sizes(2, 512, 256, 8, 4, 64, 1024, experts=128),
 }
 MODES = (None, "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
 RANKS = [ranks for ranks in (1, 2) if ranks <= torch.cuda.device_count()]
