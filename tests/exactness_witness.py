@@ -5,9 +5,11 @@
 Run as ``python exactness_witness.py FOLDER`` it reads cases from its input, one JSON object a line, and answers each
 with a line. vLLM takes many seconds to import, and so it is imported once for all of them.
 
-vLLM's loaders, layers and online quantization are the real ones. What is replaced, since a CPU has no such kernels:
+vLLM's loaders, layers and online quantization are the real ones, and so are checkpoints that are FP8 already, made of
+what is staged. What is replaced, since a CPU has no such kernels:
 
 - the choice of a kernel, by the names of those on a GPU; they leave weights as they are;
+- the device's capability, by one that has FP8, and what a CPU makes of plain weights, by nothing;
 - the CUDA kernel that quantizes with one scale, by the same arithmetic in torch;
 - the maximum over ranks, by that over the models of all ranks, one after the other in this process.
 """
@@ -17,24 +19,36 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from fp8_checkpoints import BLOCK_MODELS, CHECKPOINTS
 from fp8_on_cpu import scaled_fp8_quant
 from private_stage import PrivateStage, by_columns, by_rows, private_stage
 from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.offline import Worker, derive_offline, worker_config
 from stagingd_vllm.plan import ReadPlan, StagedTensor
 from stagingd_vllm.receiver import Receiver
+from stagingd_vllm.skeleton import derive_plan
 from tiny_models import MODELS, TinyModel
 from vllm import _custom_ops
 from vllm.config import VllmConfig
+from vllm.model_executor.layers import utils as layers_utils
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
+from vllm.model_executor.layers.quantization import fp8 as serialized
+from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w8a8_fp8 as compressed_experts,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    compressed_tensors_w8a8_fp8 as compressed_linear,
+)
 from vllm.model_executor.layers.quantization.online import fp8, int8
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
-from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
 from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -89,6 +103,10 @@ class Kernel:
     def input_quant_key(self) -> None:
         return None
 
+    def apply_weights(self, layer: Any, x: torch.Tensor, bias: None) -> torch.Tensor:
+        """Latent attention has a layer multiply by one, to learn what its weights are."""
+        return (x.float() @ (layer.weight.float() * layer.weight_scale.t())).to(x.dtype)
+
 
 def kernel_of_a_gpu(**options: Any) -> Kernel:
     block = options["weight_quant_key"].scale.group_shape.row == 128
@@ -105,8 +123,14 @@ def only_replace(self: Any, layer: Any, w13: Any, w2: Any, w13_scale: Any, w2_sc
 
 agreement = Agreement()
 _custom_ops.scaled_fp8_quant = scaled_fp8_quant
-fp8.init_fp8_linear_kernel = kernel_of_a_gpu
-fp8.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)
+for module in (fp8, serialized, compressed_linear):
+    module.init_fp8_linear_kernel = kernel_of_a_gpu
+for module in (fp8, serialized, compressed_experts):
+    module.select_fp8_moe_backend = lambda **_: (Fp8MoeBackend.TRITON, None)
+layers_utils.dispatch_cpu_unquantized_gemm = lambda *_, **__: None
+serialized.Fp8MoEMethod._init_moe_kernel = lambda *_: None
+compressed_experts.CompressedTensorsW8A8Fp8MoEMethod.get_fused_moe_quant_config = lambda *_: None
+compressed_tensors.CompressedTensorsConfig._check_scheme_supported = lambda *_, **__: True
 fp8._Fp8OnlineMoEBase._setup_kernel = only_replace
 int8.select_int8_moe_backend = lambda **_: (Int8MoeBackend.TRITON, None)
 int8.Int8OnlineMoEMethod._setup_kernel = lambda *_: None
@@ -120,7 +144,9 @@ def loaded_by_vllm(config: VllmConfig, tensors: dict[str, torch.Tensor]) -> torc
     with set_default_torch_dtype(torch.bfloat16), torch.device("cpu"), torch.no_grad():
         model = initialize_model(vllm_config=config)
         model.load_weights(iter(tensors.items()))
-        if config.quant_config is not None:
+        if config.model_config.quantization in ("fp8", "compressed-tensors"):
+            process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        elif config.quant_config is not None:
             finalize_layerwise_processing(model, config.model_config)
     config.compilation_config.static_forward_context.clear()
     config.compilation_config.static_all_moe_layers.clear()
@@ -147,20 +173,17 @@ def scramble(home: Home) -> None:
         home.scale.fill_(torch.nan)
 
 
-def compare(
-    model: torch.nn.Module, config: VllmConfig, stage: PrivateStage, staged: dict[str, StagedTensor], version: int
-) -> dict[str, Any]:
+def compare(model: torch.nn.Module, plan: ReadPlan, stage: PrivateStage, version: int) -> dict[str, Any]:
     """What differs after the receiver has written a version over scrambled weights."""
     live = homes(model)
     wanted = {
         name: (bits(home.weight), None if home.scale is None else home.scale.clone()) for name, home in live.items()
     }
-    plan = derive_offline(config, staged, {})
     for home in live.values():
         scramble(home)
     receiver = Receiver(model, plan, stage)
     receiver.apply(stage.lease(version))
-    outcome: dict[str, Any] = {"bytes": 0, "scales": 0, "schemes": set(), "wrong": []}
+    outcome: dict[str, Any] = {"bytes": 0, "scales": 0, "schemes": set(), "wrong": [], "steps": 0}
     for name in plan.parameters:
         home, (weight, scale) = live[name], wanted[name]
         found = bits(home.weight)
@@ -168,6 +191,8 @@ def compare(
         differing = int((found != weight)[~padding].sum())
         if differing:
             outcome["wrong"].append(f"{name}: {differing} bytes")
+            # Bytes of one sign count the values of FP8 in their order.
+            outcome["steps"] = max(outcome["steps"], int((found.int() - weight.int())[~padding].abs().max()))
         if not (found[padding] == SCRAMBLED).all() or weight[padding].any():
             outcome["wrong"].append(f"{name}: padding")
         outcome["bytes"] += weight.numel()
@@ -194,15 +219,19 @@ def _padding(plan: ReadPlan, name: str, home: Home, found: torch.Tensor) -> torc
 def examine(
     folder: Path, model: TinyModel, mode: str | None, ranks: int, expert: bool, cut: str
 ) -> list[dict[str, Any]]:
+    """Per rank, what differs; ``mode`` is the name of an online quantization, or of a kind of checkpoint."""
     staged = model.staged()
     tensors = random_tensors(staged, 1)
+    checkpoint = CHECKPOINTS.get(mode or "")
+    loaded = tensors if checkpoint is None else dict(checkpoint.tensors(tensors))
+    online = mode if checkpoint is None else None
     workers = [Worker(tensor_parallel=ranks, expert_parallel=expert, rank=rank) for rank in range(ranks)]
     agreement.forget()
-    if ranks > 1 and mode not in (None, "fp8_per_block"):  # these two ask for no maximum
+    if ranks > 1 and online not in (None, "fp8_per_block"):  # these two ask for no maximum
         for worker in workers:
             agreement.begin(worker.rank)
-            with worker_config(folder, worker, quantization=mode) as config:
-                loaded_by_vllm(config, tensors)
+            with worker_config(folder, worker, quantization=online) as config:
+                loaded_by_vllm(config, loaded)
         agreement.settle()
     boxes: dict[str, list[Box]] = {name: CUTS[cut](tensor.shape) for name, tensor in staged.items()}
     outcomes = []
@@ -210,9 +239,11 @@ def examine(
         stage.write(1, tensors)
         for worker in workers:
             agreement.begin(worker.rank)
-            with worker_config(folder, worker, quantization=mode) as config:
-                live = loaded_by_vllm(config, tensors)
-                outcomes.append(compare(live, config, stage, staged, 1))
+            with worker_config(folder, worker, quantization=online) as config:
+                live = loaded_by_vllm(config, loaded)
+                # That of a live worker also holds every live parameter against the model as its loader sees it.
+                derive = derive_offline if checkpoint is None else partial(derive_plan, live)
+                outcomes.append(compare(live, derive(config, staged, {}), stage, 1))
     return outcomes
 
 
@@ -220,10 +251,11 @@ def serve(folder: Path) -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         case = json.loads(line)
-        model = MODELS[case["model"]]
-        path = folder / case["model"]
+        model = (MODELS | BLOCK_MODELS)[case["model"]]
+        checkpoint = CHECKPOINTS.get(case["mode"] or "")
+        path = folder / case["model"] / (case["mode"] if checkpoint else "plain")
         if not path.exists():
-            model.save_config(path)
+            (checkpoint or TinyModel).save_config(model, path)
         try:
             found: Any = examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
         except StagingError as refused:

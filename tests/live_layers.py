@@ -70,3 +70,24 @@ def experts(scheme: str, count: int, inner: int, hidden: int, device: str = "cpu
         "fp8_per_block": "Fp8PerBlockOnlineMoEMethod",
     }[scheme]
     return Live(named(method, fp8_backend=backend), **made)
+
+
+def of_checkpoint(method: str, scheme: str, layer: Live, **attributes: object) -> Live:
+    """The same layer as an engine has it that was started from an FP8 checkpoint: its method, and what says how."""
+    granularity = scheme.removeprefix("fp8_per_")
+    strategy = named("QuantizationStrategy", value=granularity)
+    weights = named("QuantizationArgs", strategy=strategy, block_structure=[128, 128])
+    block_size = [128, 128] if granularity == "block" else None
+    if method == "CompressedTensorsLinearMethod":
+        kernel = layer.quant_method.fp8_linear
+        layer.scheme = named("CompressedTensorsW8A8Fp8", weight_quant=weights, fp8_linear=kernel)
+        layer.quant_method = named(method)
+    else:
+        known = {name: getattr(layer.quant_method, name, None) for name in ("fp8_linear", "fp8_backend")}
+        layer.quant_method = named(method, weight_quant=weights, weight_block_size=block_size, **known)
+    if method.startswith("CompressedTensors") and granularity == "block":
+        for name in [name for name, _ in layer.named_parameters() if name.endswith("_scale_inv")]:
+            layer.register_parameter(name.removesuffix("_inv"), layer._parameters.pop(name))
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer

@@ -4,6 +4,9 @@
 
 Per model, mode, and engine of one to four ranks; trainers hold tensors whole, in rows of three ranks, or in columns of
 two, each in turn, or all of them by ``--all-cuts``. ``exactness_witness.py`` says what is real there.
+
+Modes are vLLM's online quantizations of a bfloat16 checkpoint, and kinds of checkpoints that are FP8 already: those by
+their name in ``fp8_checkpoints.py``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,16 @@ pytest.importorskip("vllm")
 CUTS = ("whole", "rows of 3 ranks", "columns of 2 ranks")
 MODES = (None, "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
 ENGINES = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "EP 2": (2, True)}
+
+
+OF_CHECKPOINTS = {
+    "compressed-tensors per channel": "fp8_per_channel",
+    "compressed-tensors per tensor": "fp8_per_tensor",
+    "compressed-tensors in blocks": "fp8_per_block",
+    "fp8 per tensor": "fp8_per_tensor",
+    "fp8 in blocks": "fp8_per_block",
+}
+"""Kinds of checkpoints, and what the engine's weights are quantized by when it has loaded one."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +56,28 @@ class Case:
     @property
     def schemes(self) -> list[str]:
         """What its weights are quantized by."""
-        return [self.mode] if self.mode else []
+        return [OF_CHECKPOINTS.get(self.mode, self.mode)] if self.mode else []
 
 
 CASES = [case for model in MODELS for mode in MODES for engine in ENGINES if (case := Case(model, mode, engine)).exists]
+CASES += [
+    Case("llama", "compressed-tensors per channel", "TP 1"),
+    Case("llama", "compressed-tensors per channel", "TP 4"),
+    Case("qwen3-moe", "compressed-tensors per channel", "TP 2"),
+    Case("qwen3-moe", "compressed-tensors per channel", "EP 2"),
+    Case("deepseek-v3", "compressed-tensors per channel", "TP 2"),
+    Case("llama", "compressed-tensors per tensor", "TP 2"),
+    Case("llama, in blocks", "compressed-tensors in blocks", "TP 1"),
+    Case("qwen3-moe, in blocks", "compressed-tensors in blocks", "TP 2"),
+    Case("llama", "fp8 per tensor", "TP 1"),
+    Case("mixtral", "fp8 per tensor", "TP 2"),
+    Case("deepseek-v3", "fp8 per tensor", "TP 2"),
+    Case("llama, in blocks", "fp8 in blocks", "TP 1"),
+    Case("llama, in blocks", "fp8 in blocks", "TP 2"),
+    Case("qwen3-moe, in blocks", "fp8 in blocks", "TP 2"),
+    Case("qwen3-moe, in blocks", "fp8 in blocks", "EP 2"),
+    Case("deepseek-v3, in blocks", "fp8 in blocks", "TP 2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +103,16 @@ def test_every_byte_and_scale_is_that_of_vllms_own_loading(
         assert wrong == [], cut
         assert len(outcomes) == ranks
         assert all(outcome["schemes"] == case.schemes for outcome in outcomes)
+
+
+def test_what_merging_of_scales_rounds_twice_is_off_by_one_step_and_only_in_fused_weights(asked: Witness) -> None:
+    """A checkpoint has a scale per tensor for each of q, k and v; vLLM quantizes them once more, with the greatest."""
+    mode = "fp8 per tensor, scales of their own"
+    for model in ("llama", "qwen3-moe"):
+        question = {"model": model, "mode": mode, "ranks": 2, "expert": False, "cut": "whole"}
+        outcomes = asked.ask(question)
+        for outcome in outcomes:
+            assert outcome["wrong"]
+            assert all(what.endswith(" bytes") for what in outcome["wrong"]), "scales are those of the fused weight"
+            assert all("qkv_proj" in what or "gate_up" in what or "w13" in what for what in outcome["wrong"])
+            assert outcome["steps"] == 1

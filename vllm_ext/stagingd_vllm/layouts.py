@@ -18,6 +18,7 @@ import torch
 from stagingd.boxes import Shape
 from stagingd.errors import StagingError
 from stagingd.moments import BLOCK
+from stagingd_vllm.known_layers import EXPERTS_OF_CHECKPOINTS, LINEAR_OF_CHECKPOINTS, NotKnown
 from stagingd_vllm.scales import Granularity
 from stagingd_vllm.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, INT8_PER_CHANNEL, Scheme
 
@@ -50,7 +51,14 @@ EXPERTS = {
     "Int8OnlineMoEMethod": INT8_PER_CHANNEL,
 }
 
-METHODS = PLAIN | LINEAR.keys() | EXPERTS.keys() | {"UnquantizedFusedMoEMethod"}
+METHODS = (
+    PLAIN
+    | LINEAR.keys()
+    | LINEAR_OF_CHECKPOINTS.keys()
+    | EXPERTS.keys()
+    | EXPERTS_OF_CHECKPOINTS.keys()
+    | {"UnquantizedFusedMoEMethod"}
+)
 
 BACKENDS = frozenset({"TRITON", "BATCHED_TRITON", "VLLM_CUTLASS"})
 """Backends of experts that keep gate before up, and neither shuffle nor pad."""
@@ -129,11 +137,11 @@ def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
     scheme: Scheme | None = None
     scale_names: frozenset[str] = frozenset()
     weights: tuple[str, ...] = ()
-    if method in LINEAR:
-        scheme, weights, scale_names = LINEAR[method], ("weight",), SCALES
+    if method in LINEAR or method in LINEAR_OF_CHECKPOINTS:
+        scheme, weights, scale_names = _scheme(path, module, method), ("weight",), SCALES
         _check_kernel(path, module)
-    elif method in EXPERTS or method == "UnquantizedFusedMoEMethod":
-        scheme, weights, scale_names = EXPERTS.get(method), ("w13_weight", "w2_weight"), EXPERT_SCALES
+    elif method in EXPERTS or method in EXPERTS_OF_CHECKPOINTS or method == "UnquantizedFusedMoEMethod":
+        scheme, weights, scale_names = _scheme(path, module, method), ("w13_weight", "w2_weight"), EXPERT_SCALES
         _check_backend(path, module)
     elif method not in PLAIN and method != "NoneType":
         raise _unknown(path, module, f"quantization by {method} is not known")
@@ -148,6 +156,16 @@ def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
             yield name, Home(live, places=((module, name),))
 
 
+def _scheme(path: str, module: torch.nn.Module, method: str) -> Scheme | None:
+    of_checkpoint = (LINEAR_OF_CHECKPOINTS | EXPERTS_OF_CHECKPOINTS).get(method)
+    if of_checkpoint is None:
+        return LINEAR.get(method) or EXPERTS.get(method)
+    try:
+        return of_checkpoint(module)
+    except NotKnown as unknown:
+        raise _unknown(path, module, str(unknown)) from unknown
+
+
 def _check_derived(path: str, module: torch.nn.Module) -> None:
     name = type(module).__name__
     known = name in DERIVING or name in METHODS  # some methods are modules themselves; their layer is looked at
@@ -156,7 +174,9 @@ def _check_derived(path: str, module: torch.nn.Module) -> None:
 
 
 def _check_kernel(path: str, module: torch.nn.Module) -> None:
-    kernel = type(getattr(module.quant_method, "fp8_linear", None)).__name__
+    # compressed-tensors keeps it in the layer's scheme.
+    holder = module.quant_method if hasattr(module.quant_method, "fp8_linear") else getattr(module, "scheme", None)
+    kernel = type(getattr(holder, "fp8_linear", None)).__name__
     if kernel not in KERNELS:
         raise _unknown(path, module, f"whether kernel {kernel} rearranges weights or scales is not known")
 
@@ -175,7 +195,7 @@ def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor
     weight = live if name != "weight" or scheme.granularity is Granularity.BLOCK else live.t()
     if live.dtype != getattr(torch, scheme.live):
         raise _unknown(path, module, f"{name} is {live.dtype} and not {scheme.live}")
-    scale_name = _scale_name(name, scheme)
+    scale_name = _scale_name(module, name, scheme)
     scale: torch.Tensor | None = getattr(module, scale_name, None)
     if scale is None or scale.dtype != torch.float32:
         raise _unknown(path, module, f"{name} has no float32 scales where {scheme.name} keeps them")
@@ -188,10 +208,12 @@ def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor
     return Home(weight, scheme, scale.view(expected), parts, ((module, name), (module, scale_name)))
 
 
-def _scale_name(name: str, scheme: Scheme) -> str:
+def _scale_name(module: torch.nn.Module, name: str, scheme: Scheme) -> str:
     if scheme is INT8_PER_CHANNEL:
         return f"{name.removesuffix('_weight')}_scale"
-    return f"{name}_scale_inv" if scheme.granularity is Granularity.BLOCK else f"{name}_scale"
+    # That of blocks has a name of its own, but for compressed-tensors.
+    inverse = f"{name}_scale_inv"
+    return inverse if scheme.granularity is Granularity.BLOCK and hasattr(module, inverse) else f"{name}_scale"
 
 
 def _scale_shape(weight: torch.Tensor, scheme: Scheme) -> torch.Size:
