@@ -11,15 +11,18 @@ what is staged. What is replaced, since a CPU has no such kernels:
 - the choice of a kernel, by the names of those on a GPU; they leave weights as they are;
 - the device's capability, by one that has FP8, and what a CPU makes of plain weights, by nothing;
 - the CUDA kernel that quantizes with one scale, by the same arithmetic in torch;
-- the maximum over ranks, by that over the models of all ranks, one after the other in this process.
+- the maximum over ranks, by that over the models of all ranks, one after the other in this process; TorchAO, which
+  takes that of the rank's own slice, is given it too;
+- the question whether the device computes in FP8.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import json
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import torch
 from fp8_checkpoints import BLOCK_MODELS, CHECKPOINTS
 from fp8_on_cpu import scaled_fp8_quant
 from private_stage import PrivateStage, by_columns, by_rows, private_stage
+from stagingd_vllm import offline
 from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.offline import Worker, derive_offline, worker_config
 from stagingd_vllm.plan import ReadPlan, StagedTensor
@@ -35,10 +39,13 @@ from stagingd_vllm.skeleton import derive_plan
 from tiny_models import MODELS, TinyModel
 from vllm import _custom_ops
 from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import utils as layers_utils
 from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import fp8 as serialized
+from vllm.model_executor.layers.quantization import torchao
 from vllm.model_executor.layers.quantization.compressed_tensors import compressed_tensors
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_fp8 as compressed_experts,
@@ -139,6 +146,42 @@ for module in (fp8, int8):
         if hasattr(module, name):
             setattr(module, name, agreement.ask)
 
+TORCHAO = {"torchao_per_row": "PerRow", "torchao_per_tensor": "PerTensor"}
+"""Modes of TorchAO, by the name of its granularity."""
+
+
+def arguments_for(mode: str | None) -> dict[str, Any]:
+    """vLLM's arguments for TorchAO beside its name: its configuration in JSON. Imported only where it is asked for."""
+    if mode not in TORCHAO:
+        return {}
+    quantization = importlib.import_module("torchao.quantization")
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=getattr(quantization, TORCHAO[mode])())
+    written = json.dumps(importlib.import_module("torchao.core.config").config_to_dict(config))
+    return {"hf_overrides": {"quantization_config_dict_json": written}}
+
+
+def wrap_weights(model: torch.nn.Module) -> None:
+    """What vLLM does with layers of TorchAO after loading, and the maximum over ranks that it does not ask for."""
+    api, float8 = (
+        importlib.import_module(f"torchao.quantization.{name}")
+        for name in ("quant_api", "quantize_.workflows.float8.float8_tensor")
+    )
+    own, torchao._check_torchao_fp8_activation_capability = float8._choose_scale_float8, lambda _: None
+    api._check_hardware_support = lambda _: None
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if not isinstance(method, torchao.TorchAOLinearMethod):
+            continue
+        granularity = method.quant_config.torchao_config.granularity[1]
+        # Rows are whole on every rank unless columns are cut; a tensor is not, unless every rank has all of it.
+        cutting = (
+            RowParallelLinear if type(granularity).__name__ == "PerRow" else (ColumnParallelLinear, RowParallelLinear)
+        )
+        cut = isinstance(layer, cutting)
+        float8._choose_scale_float8 = lambda *some, cut=cut, **named: agreement.ask(own(*some, **named), cut)
+        method.process_weights_after_loading(layer)
+    float8._choose_scale_float8 = own
+
 
 def loaded_by_vllm(config: VllmConfig, tensors: dict[str, torch.Tensor]) -> torch.nn.Module:
     with set_default_torch_dtype(torch.bfloat16), torch.device("cpu"), torch.no_grad():
@@ -146,6 +189,8 @@ def loaded_by_vllm(config: VllmConfig, tensors: dict[str, torch.Tensor]) -> torc
         model.load_weights(iter(tensors.items()))
         if config.model_config.quantization in ("fp8", "compressed-tensors"):
             process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        elif isinstance(config.quant_config, torchao.TorchAOConfig):
+            wrap_weights(model)
         elif config.quant_config is not None:
             finalize_layerwise_processing(model, config.model_config)
     config.compilation_config.static_forward_context.clear()
@@ -226,11 +271,13 @@ def examine(
     loaded = tensors if checkpoint is None else dict(checkpoint.tensors(tensors))
     online = mode if checkpoint is None else None
     workers = [Worker(tensor_parallel=ranks, expert_parallel=expert, rank=rank) for rank in range(ranks)]
+    offline.EngineArgs = functools.partial(EngineArgs, **arguments_for(mode))
+    quantization = "torchao" if mode in TORCHAO else online
     agreement.forget()
     if ranks > 1 and online not in (None, "fp8_per_block"):  # these two ask for no maximum
         for worker in workers:
             agreement.begin(worker.rank)
-            with worker_config(folder, worker, quantization=online) as config:
+            with worker_config(folder, worker, quantization=quantization) as config:
                 loaded_by_vllm(config, loaded)
         agreement.settle()
     boxes: dict[str, list[Box]] = {name: CUTS[cut](tensor.shape) for name, tensor in staged.items()}
@@ -239,10 +286,10 @@ def examine(
         stage.write(1, tensors)
         for worker in workers:
             agreement.begin(worker.rank)
-            with worker_config(folder, worker, quantization=online) as config:
+            with worker_config(folder, worker, quantization=quantization) as config:
                 live = loaded_by_vllm(config, loaded)
                 # That of a live worker also holds every live parameter against the model as its loader sees it.
-                derive = derive_offline if checkpoint is None else partial(derive_plan, live)
+                derive = derive_offline if checkpoint is None else functools.partial(derive_plan, live)
                 outcomes.append(compare(live, derive(config, staged, {}), stage, 1))
     return outcomes
 

@@ -23,6 +23,7 @@ pytest.importorskip("vllm")
 
 CUTS = ("whole", "rows of 3 ranks", "columns of 2 ranks")
 MODES = (None, "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "int8_per_channel_weight_only")
+TORCHAO = ("torchao_per_row", "torchao_per_tensor")
 ENGINES = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "EP 2": (2, True)}
 
 
@@ -77,6 +78,12 @@ CASES += [
     Case("qwen3-moe, in blocks", "fp8 in blocks", "TP 2"),
     Case("qwen3-moe, in blocks", "fp8 in blocks", "EP 2"),
     Case("deepseek-v3, in blocks", "fp8 in blocks", "TP 2"),
+    *(
+        Case(model, mode, engine)
+        for model in ("llama", "deepseek-v3")
+        for mode in TORCHAO
+        for engine in ("TP 1", "TP 2")
+    ),
 ]
 
 
@@ -91,6 +98,8 @@ def test_every_byte_and_scale_is_that_of_vllms_own_loading(
     asked: Witness, exactness: dict[tuple[Row, str], Compared], pytestconfig: pytest.Config, number: int
 ) -> None:
     case = CASES[number]
+    if case.mode in TORCHAO:
+        pytest.importorskip("torchao")
     ranks, expert = ENGINES[case.engine]
     cuts = CUTS if pytestconfig.getoption("all_cuts") else (CUTS[number % len(CUTS)],)
     for cut in cuts:

@@ -21,6 +21,8 @@ from stagingd.moments import BLOCK
 from stagingd_vllm.known_layers import EXPERTS_OF_CHECKPOINTS, LINEAR_OF_CHECKPOINTS, NotKnown
 from stagingd_vllm.scales import Granularity
 from stagingd_vllm.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, INT8_PER_CHANNEL, Scheme
+from stagingd_vllm.wrapped_weights import BYTES, WRAPPING, is_wrapped, parts_of, scheme_of, wrapping_fault
+from stagingd_vllm.wrapped_weights import SCALES as WRAPPED_SCALES
 
 PLAIN = frozenset({"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"})
 """Methods whose weights lie as the loader writes them."""
@@ -53,6 +55,7 @@ EXPERTS = {
 
 METHODS = (
     PLAIN
+    | WRAPPING
     | LINEAR.keys()
     | LINEAR_OF_CHECKPOINTS.keys()
     | EXPERTS.keys()
@@ -89,7 +92,7 @@ class Home:
         scale: the live scales, float32: (1,) or (experts,) per tensor, (rows,) or (experts, rows) per channel,
             (rows / 128, columns / 128), with the experts before, per block; None without a scheme.
         parts: into how many parts of equal size its rows fall, each padded by itself: gate and up.
-        places: the modules' attributes that weight and scale were found at.
+        places: the modules' attributes that weight and scale were found at; with dots, attributes of attributes.
     """
 
     weight: torch.Tensor
@@ -143,11 +146,14 @@ def _homes_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, Home]]:
     elif method in EXPERTS or method in EXPERTS_OF_CHECKPOINTS or method == "UnquantizedFusedMoEMethod":
         scheme, weights, scale_names = _scheme(path, module, method), ("w13_weight", "w2_weight"), EXPERT_SCALES
         _check_backend(path, module)
-    elif method not in PLAIN and method != "NoneType":
+    elif method not in PLAIN | WRAPPING and method != "NoneType":
         raise _unknown(path, module, f"quantization by {method} is not known")
     else:
         _check_derived(path, module)
     for name, parameter in parameters.items():
+        if is_wrapped(parameter):
+            yield name, _unwrapped(path, module, name, parameter)
+            continue
         live = parameter.detach()
         if scheme is not None and name in weights:
             parts = getattr(getattr(module.quant_method, "moe", None), "w13_num_shards", 2) if "w13" in name else 1
@@ -206,6 +212,15 @@ def _quantized(path: str, module: torch.nn.Module, name: str, live: torch.Tensor
             path, module, f"scales of {name} are {tuple(scale.shape)} and should be {tuple(expected)} and contiguous"
         )
     return Home(weight, scheme, scale.view(expected), parts, ((module, name), (module, scale_name)))
+
+
+def _unwrapped(path: str, module: torch.nn.Module, name: str, parameter: torch.Tensor) -> Home:
+    fault = wrapping_fault(parameter, type(getattr(module, "quant_method", None)).__name__)
+    if fault is not None:
+        raise _unknown(path, module, f"{name} {fault}")
+    (weight, scale), scheme = parts_of(parameter), scheme_of(parameter)
+    places = (module, f"{name}.{BYTES}"), (module, f"{name}.{WRAPPED_SCALES}")
+    return Home(weight, scheme, scale.view(_scale_shape(weight, scheme)), places=places)
 
 
 def _scale_name(module: torch.nn.Module, name: str, scheme: Scheme) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -124,7 +125,7 @@ class Receiver:
             _check_room(entry.region, live[entry.region.parameter])
         self._live = live
         self._places = [
-            (f"{name}'s scale" if number else name, module, attribute, Fingerprint.of(getattr(module, attribute)))
+            (f"{name}'s scale" if number else name, module, attribute, Fingerprint.of(attrgetter(attribute)(module)))
             for name, home in live.items()
             for number, (module, attribute) in enumerate(home.places)
         ]
@@ -179,10 +180,16 @@ class Receiver:
     def check(self) -> None:
         """Raises LayoutChanged: a live parameter, or its scale, is not where it was, or not what it was."""
         for name, module, attribute, expected in self._places:
-            live = getattr(module, attribute, None)
+            live = _attribute(module, attribute)
             found = Fingerprint.of(live) if isinstance(live, torch.Tensor) else None
             if found != expected:
                 raise _changed(name, f"was {expected} and is {found or 'gone'}")
+
+
+def _attribute(owner: object, path: str) -> object:
+    for name in path.split("."):
+        owner = getattr(owner, name, None)
+    return owner
 
 
 def _device_of(live: Mapping[str, Home]) -> torch.device:

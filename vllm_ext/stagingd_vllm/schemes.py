@@ -3,7 +3,7 @@
 """The ways in which an engine quantizes weights: what shares a scale, how it is made, how values are rounded.
 
 Arithmetic as in vLLM's online methods (``model_executor/layers/quantization/online``), which a scheme's bytes and
-scales have to equal.
+scales have to equal; those of TorchAO as in its kernels in plain torch (``quantization/quant_primitives.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from stagingd_vllm.moves import Treatment
-from stagingd_vllm.scales import Granularity, scales
+from stagingd_vllm.scales import FP8_MAX, Granularity, scales
 
 INT8_MAX: Final = 127.0
 """vLLM's online INT8 is symmetric: -128 is not used."""
@@ -45,6 +45,11 @@ def _int8_scales(limits: torch.Tensor) -> torch.Tensor:
     return (limits.bfloat16() / INT8_MAX).float()
 
 
+def _torchao_scales(limits: torch.Tensor) -> torch.Tensor:
+    # The same there. Of zeros the scale is 0, and of what is next to them too: such a row stands for zeros.
+    return (limits.bfloat16() / FP8_MAX).float()
+
+
 FP8_PER_TENSOR: Final = Scheme(
     "fp8_per_tensor",
     Granularity.TENSOR,
@@ -68,4 +73,10 @@ FP8_PER_BLOCK: Final = Scheme(
 )
 INT8_PER_CHANNEL: Final = Scheme(
     "int8_per_channel_weight_only", Granularity.CHANNEL, Treatment.ROUND, "int8", _int8_scales
+)
+TORCHAO_PER_TENSOR: Final = Scheme(
+    "torchao_per_tensor", Granularity.TENSOR, Treatment.DIVIDE, "float8_e4m3fn", _torchao_scales
+)
+TORCHAO_PER_ROW: Final = Scheme(
+    "torchao_per_row", Granularity.CHANNEL, Treatment.DIVIDE, "float8_e4m3fn", _torchao_scales
 )
