@@ -23,6 +23,7 @@ import functools
 import importlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.offline import Worker, derive_offline, worker_config
 from stagingd_vllm.plan import ReadPlan, StagedTensor
 from stagingd_vllm.receiver import Receiver
-from stagingd_vllm.skeleton import derive_plan
+from stagingd_vllm.skeleton import derive_plan, loading
 from tiny_models import MODELS, TinyModel
 from vllm import _custom_ops
 from vllm.config import VllmConfig
@@ -218,7 +219,9 @@ def scramble(home: Home) -> None:
         home.scale.fill_(torch.nan)
 
 
-def compare(model: torch.nn.Module, plan: ReadPlan, stage: PrivateStage, version: int) -> dict[str, Any]:
+def compare(
+    model: torch.nn.Module, plan: ReadPlan, config: VllmConfig, stage: PrivateStage, version: int
+) -> dict[str, Any]:
     """What differs after the receiver has written a version over scrambled weights."""
     live = homes(model)
     wanted = {
@@ -226,10 +229,11 @@ def compare(model: torch.nn.Module, plan: ReadPlan, stage: PrivateStage, version
     }
     for home in live.values():
         scramble(home)
-    receiver = Receiver(model, plan, stage)
+    receiver = Receiver(model, plan, stage, loading=loading(config))
     receiver.apply(stage.lease(version))
-    outcome: dict[str, Any] = {"bytes": 0, "scales": 0, "schemes": set(), "wrong": [], "steps": 0}
-    for name in plan.parameters:
+    computed = sorted(tensor.tensor for tensor in plan.computed)
+    outcome: dict[str, Any] = {"bytes": 0, "scales": 0, "schemes": set(), "wrong": [], "computed": computed, "steps": 0}
+    for name in (*plan.parameters, *plan.computed_parameters):
         home, (weight, scale) = live[name], wanted[name]
         found = bits(home.weight)
         padding = _padding(plan, name, home, found)
@@ -261,8 +265,25 @@ def _padding(plan: ReadPlan, name: str, home: Home, found: torch.Tensor) -> torc
     return mask
 
 
+@dataclass(frozen=True)
+class ToldModel:
+    """A model that the question describes: what stands in its config.json, and its tensors, each (dtype, shape)."""
+
+    config: dict[str, Any]
+    tensors: dict[str, tuple[str, list[int]]]
+
+    def save_config(self, path: Path) -> None:
+        """Writes config.json."""
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps(self.config))
+
+    def staged(self) -> dict[str, StagedTensor]:
+        """The tensors of its checkpoint."""
+        return {name: StagedTensor(dtype, tuple(shape)) for name, (dtype, shape) in self.tensors.items()}
+
+
 def examine(
-    folder: Path, model: TinyModel, mode: str | None, ranks: int, expert: bool, cut: str
+    folder: Path, model: TinyModel | ToldModel, mode: str | None, ranks: int, expert: bool, cut: str
 ) -> list[dict[str, Any]]:
     """Per rank, what differs; ``mode`` is the name of an online quantization, or of a kind of checkpoint."""
     staged = model.staged()
@@ -290,7 +311,10 @@ def examine(
                 live = loaded_by_vllm(config, loaded)
                 # That of a live worker also holds every live parameter against the model as its loader sees it.
                 derive = derive_offline if checkpoint is None else functools.partial(derive_plan, live)
-                outcomes.append(compare(live, derive(config, staged, {}), stage, 1))
+                outcomes.append(compare(live, derive(config, staged, {}), config, stage, 1))
+                if isinstance(model, ToldModel):
+                    same = derive_plan(live, config, staged, {}) == derive_offline(config, staged, {})
+                    outcomes[-1]["as a live worker plans"] = same
     return outcomes
 
 
@@ -298,11 +322,11 @@ def serve(folder: Path) -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         case = json.loads(line)
-        model = (MODELS | BLOCK_MODELS)[case["model"]]
+        model = ToldModel(**case["told"]) if "told" in case else (MODELS | BLOCK_MODELS)[case["model"]]
         checkpoint = CHECKPOINTS.get(case["mode"] or "")
         path = folder / case["model"] / (case["mode"] if checkpoint else "plain")
         if not path.exists():
-            (checkpoint or TinyModel).save_config(model, path)
+            (checkpoint or type(model)).save_config(model, path)
         try:
             found: Any = examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
         except StagingError as refused:

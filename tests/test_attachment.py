@@ -16,13 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from stagingd_vllm.outcomes import RefusedByAll, refuse_once, together
+from stagingd_vllm.plan import Computed, ReadPlan
 from stagingd_vllm.versions import EngineNotSupported, Standing, check_base, standing
 
 from stagingd.errors import DeadlineExceeded, OutOfOrder
 
 vllm = pytest.importorskip("vllm")
 
-from stagingd_vllm.attachment import Place, refuse_asleep, weights_asleep  # noqa: E402
+from stagingd_vllm.attachment import Attachment, Place, refuse_asleep, weights_asleep  # noqa: E402
 from stagingd_vllm.engine import StagingdEngine  # noqa: E402
 from stagingd_vllm.plugin import register  # noqa: E402
 from vllm.device_allocator import AllocationData  # noqa: E402
@@ -46,6 +47,15 @@ def test_every_data_parallel_replica_is_an_engine_of_its_own() -> None:
     assert [Place.within("e", replica, 2, alone).engine for replica in (0, 1)] == ["e-dp0", "e-dp1"]
     # Replicas that vLLM runs as separate engines: each believes to be the only one.
     assert [Place.within("e", replica, 1, alone).engine for replica in (0, 1)] == ["e", "e-dp1"]
+
+
+def test_a_worker_tells_which_tensors_its_models_loader_computes_with_and_why() -> None:
+    computed = Computed("a_log", 8, ("a",), "the loader computes with staged tensor a_log: aten.exp.default")
+    receiver = SimpleNamespace(plan=ReadPlan((), 16, computed=(computed,)))
+    told = Attachment(Place("e", 0, 1), SimpleNamespace(), receiver).summary()  # type: ignore[arg-type]
+    assert told["computed"] == {"a_log": computed.reason}
+    assert told["bytes_per_update"] == 8
+    assert "1 tensors by the model's own loader" in told["plan"]
 
 
 @dataclass

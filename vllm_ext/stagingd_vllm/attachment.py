@@ -23,7 +23,7 @@ from stagingd_vllm.plan import StagedTensor
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
 from stagingd_vllm.scales import ScaleRule
-from stagingd_vllm.skeleton import derive_plan
+from stagingd_vllm.skeleton import derive_plan, loading
 from stagingd_vllm.versions import EngineNotSupported
 
 WITNESS_PARAMETERS = 64
@@ -137,7 +137,7 @@ class Attachment:
             staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
             aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
             plan = derive_plan(model, vllm_config, staged, aliases)
-            receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config))
+            receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.pop_all()
         return cls(place, reader, receiver)
 
@@ -152,6 +152,7 @@ class Attachment:
             OutOfOrder: the engine sleeps: its weights have no memory.
             DeadlineExceeded: no such version within ``timeout_s`` seconds.
             LayoutChanged: a live parameter is not where it was; nothing was written.
+            LoaderFailed: the model's own loader did not take what only it can take.
             LeaseLost: the weights may be a mixture of two versions; update again before generating.
         """
         refuse_asleep(weights_asleep(_allocators()))
@@ -183,7 +184,7 @@ class Attachment:
         return torch.cat([_sample(weight) for weight in written[:: -(-len(written) // WITNESS_PARAMETERS)]])
 
     def summary(self) -> dict[str, Any]:
-        """The worker's place, and what every update reads: numbers, lists and strings."""
+        """The worker's place, and what every update reads: numbers, strings, and lists and maps of strings."""
         plan = self.receiver.plan
         return {
             "rank": self.place.rank,
@@ -194,6 +195,7 @@ class Attachment:
             "bytes_per_update": plan.bytes_per_update,
             "bytes_of_stage": plan.staged_bytes,
             "unread": list(plan.unread),
+            "computed": {tensor.tensor: tensor.reason for tensor in plan.computed},
             "plan": str(plan),
         }
 

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed
@@ -24,10 +24,8 @@ from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.models import utils as models_utils
 
 from stagingd.errors import StagingError
-from stagingd_vllm.pipeline import on_other_stages
-from stagingd_vllm.plan import ReadPlan, StagedTensor, make_plan, plan_with_aliases
-from stagingd_vllm.skeleton import build_skeleton
-from stagingd_vllm.tracing import LoadWeights, trace_loader
+from stagingd_vllm.plan import ReadPlan, StagedTensor, plan_with_aliases
+from stagingd_vllm.skeleton import build_skeleton, plan_of_skeleton
 
 
 class NoSuchWorker(StagingError):
@@ -199,7 +197,4 @@ def _derive(config: VllmConfig, staged: Mapping[str, StagedTensor], staged_alias
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     owners = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
-    writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters, staged_aliases)
-    shapes = {name: tuple(p.shape) for name, p in parameters.items() if owners[name] == name}
-    aliases = {name: owner for name, owner in owners.items() if name != owner}
-    return make_plan(writes, staged, shapes, aliases, on_other_stages(skeleton, staged), allow_computed=True)
+    return plan_of_skeleton(skeleton, owners, staged, staged_aliases)

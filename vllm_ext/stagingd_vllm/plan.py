@@ -109,6 +109,7 @@ class ReadPlan:
     ``unread`` names the staged tensors of which this worker reads nothing: those whose parameter is tied to
     another one, and those that lie on other ranks altogether. ``computed`` are those that are not read in boxes but
     have to go through the model's own loader. ``shapes`` are those of the parameters, as the loader sees them.
+    ``aliases`` are the further names under which the loader was given staged tensors, each with the tensor's own.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -116,6 +117,7 @@ class ReadPlan:
     unread: tuple[str, ...] = ()
     computed: tuple[Computed, ...] = ()
     shapes: Mapping[str, Shape] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes_per_update(self) -> int:
@@ -131,6 +133,11 @@ class ReadPlan:
     def parameters(self) -> tuple[str, ...]:
         """The live parameters that are written by entries, each once."""
         return tuple(dict.fromkeys(entry.region.parameter for entry in self.entries))
+
+    @property
+    def computed_parameters(self) -> tuple[str, ...]:
+        """The live parameters that the model's own loader fills, each once."""
+        return tuple(dict.fromkeys(name for tensor in self.computed for name in tensor.parameters))
 
     def __str__(self) -> str:
         read, staged = self.bytes_per_update, self.staged_bytes

@@ -17,6 +17,7 @@ from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
 from stagingd_vllm.carriers import carrier, registered
+from stagingd_vllm.computed import Loading, OwnLoader
 from stagingd_vllm.layouts import Home, LayoutUnknown, homes
 from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.plan import ReadPlan, Region
@@ -97,6 +98,7 @@ class Receiver:
         source: the stage.
         rule: how scales follow from moments.
         refresh: makes anew what the model derives from its weights, after they have been written.
+        loading: how the engine loads, for tensors that only the model's own loader can take.
 
     Raises:
         LayoutUnknown: the model keeps a parameter in a way that is not known.
@@ -112,15 +114,17 @@ class Receiver:
         source: Source,
         rule: ScaleRule | None = None,
         refresh: Callable[[], None] = lambda: None,
+        loading: Loading | None = None,
     ) -> None:
         self.plan = plan
         self._refresh = refresh
         self._version: int | None = None
         found = homes(model)
-        missing = next((name for name in plan.parameters if name not in found), None)
+        written = (*plan.parameters, *plan.computed_parameters)
+        missing = next((name for name in written if name not in found), None)
         if missing is not None:
             raise _changed(missing, "is not in the live model")
-        live = {name: found[name] for name in plan.parameters}
+        live = {name: found[name] for name in written}
         for entry in plan.entries:
             _check_room(entry.region, live[entry.region.parameter])
         self._live = live
@@ -130,6 +134,7 @@ class Receiver:
             for number, (module, attribute) in enumerate(home.places)
         ]
         self._device = _device_of(live)
+        self._own_loader = OwnLoader(plan, found, loading, source.catalog)
         recipe = make_recipe(plan, live, source.catalog, rule or ScaleRule())
         self._moves = carrier(recipe.moves, self._device)
         self._scales = LiveScales(recipe, self._device)
@@ -147,6 +152,7 @@ class Receiver:
 
         Raises:
             LayoutChanged: a live parameter changed; found before anything is written.
+            LoaderFailed: the model's own loader did not take what only it can take.
             StagingError: what the lease raises, when it was lost. The weights may then be a mixture of two versions
                 until another one is applied, and ``version`` is None.
         """
@@ -157,6 +163,7 @@ class Receiver:
             try:
                 self._scales.set(lease.slot, lease.stored)
                 self._moves.carry(lease.slot)
+                self._own_loader.load(lease.slot)
                 self._refresh()
             finally:
                 # Whatever failed: a slot is not given back while the device still reads it.
@@ -169,6 +176,7 @@ class Receiver:
 
     def close(self) -> None:
         """Let the stage's memory go. May be called twice."""
+        self._own_loader.close()
         release, self._unregister = self._unregister, lambda: None
         release()
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
-from vllm.config import CompilationMode, VllmConfig
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import expert_map_manager
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from stagingd.boxes import Shape
+from stagingd_vllm.computed import Loading, attributes, check_alone
 from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.pipeline import on_other_stages
 from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor, make_plan, plan_with_aliases
@@ -56,15 +57,53 @@ def _derive(
     staged_aliases: Mapping[str, str],
 ) -> ReadPlan:
     skeleton = build_skeleton(vllm_config)
+    owners = _owners(live, dict(skeleton.named_parameters(remove_duplicate=False)))
+    return plan_of_skeleton(skeleton, owners, staged, staged_aliases)
+
+
+def plan_of_skeleton(
+    skeleton: torch.nn.Module,
+    owners: Mapping[str, str],
+    staged: Mapping[str, StagedTensor],
+    staged_aliases: Mapping[str, str],
+) -> ReadPlan:
+    """The read plan that follows from what a model's own loader does on the meta device.
+
+    Tensors that it computes with are set apart, where it does the same with them in every version and alone.
+
+    Args:
+        skeleton: what ``build_skeleton`` gives, new.
+        owners: for every parameter of it, the one under whose name the plan has to know it.
+        staged: every tensor of the stage by its Hugging Face name.
+        staged_aliases: the further names that the loader is given, each with the tensor's own.
+
+    Raises:
+        PlanRefused: the stage does not fit the model, or its loader is of a kind that is not understood.
+    """
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    owners = _owners(live, parameters)
+    before = attributes(skeleton)
     writes = trace_loader(cast(LoadWeights, skeleton.load_weights), staged, parameters, staged_aliases)
     # Under the owner's name: parameters that vLLM tied after loading are apart in the skeleton, and two tensors
     # that claim the one live region are then noticed.
     owned = [dataclasses.replace(write, parameter=owners[write.parameter]) for write in writes]
     shapes: dict[str, Shape] = {name: tuple(p.shape) for name, p in parameters.items() if owners[name] == name}
     aliases = {name: owner for name, owner in owners.items() if name != owner}
-    return make_plan(owned, staged, shapes, aliases, on_other_stages(skeleton, staged))
+    plan = make_plan(owned, staged, shapes, aliases, on_other_stages(skeleton, staged), allow_computed=True)
+    plan = dataclasses.replace(plan, aliases=staged_aliases)
+    if plan.computed:
+        check_alone(skeleton, plan, writes, owners, staged, before)
+    return plan
+
+
+def loading(vllm_config: VllmConfig) -> Loading:
+    """How vLLM loads this worker's model: what it computes while it loads is then the same."""
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        with set_current_vllm_config(vllm_config), set_default_torch_dtype(vllm_config.model_config.dtype):
+            yield
+
+    return Loading(lambda: build_skeleton(vllm_config), around)
 
 
 def build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
