@@ -6,55 +6,30 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import DEADLINE_S, RunningDaemon
+from daemons import RunningDaemon
 from stagingd_client import Stage
 from stagingd_vllm.answers import checked
-from tiny_engines import BACKEND, OPTIONS, Trainer, engine_environment, save_checkpoints
+from tiny_engines import BACKEND, Driven, Trainer, engine_environment, save_checkpoints
 
 pytest.importorskip("vllm")
 
-from vllm import AsyncEngineArgs, SamplingParams
+from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
-from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.vllm
 
 PROMPT = [1, 5, 9, 7]
 TOKENS = 400
 requests = itertools.count()
-
-
-class Driven:
-    """An AsyncLLM with an event loop of its own, which runs while a test asks for something."""
-
-    def __init__(self, model: Path) -> None:
-        self.runner = asyncio.Runner()
-        self.llm = self.do(self._start(model))
-
-    @staticmethod
-    async def _start(model: Path) -> Any:
-        arguments = AsyncEngineArgs(str(model), weight_transfer_config=BACKEND, disable_log_stats=True, **OPTIONS)
-        return AsyncLLM.from_engine_args(arguments)
-
-    def do(self, what: Coroutine[Any, Any, Any]) -> Any:
-        async def limited() -> Any:
-            async with asyncio.timeout(4 * DEADLINE_S):
-                return await what
-
-        return self.runner.run(limited())
-
-    def close(self) -> None:
-        self.llm.shutdown()
-        self.runner.close()
 
 
 class Request:
@@ -90,7 +65,7 @@ def trainer(daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
 
 @pytest.fixture(scope="module")
 def engine(folder: Path) -> Iterator[Driven]:
-    driven = Driven(folder / "version-1")
+    driven = Driven(folder / "version-1", weight_transfer_config=BACKEND)
     yield driven
     driven.close()
 

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from daemons import DEADLINE_S
 from safetensors.torch import load_file
 from stagingd_client import Stage
 from stagingd_vllm.extension import StagingdWorkerExtension
@@ -43,10 +45,36 @@ def save_checkpoints(folder: Path, number: int, width: int = 344) -> list[Path]:
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
+    return _save(transformers.Qwen3ForCausalLM, config, folder, number)
+
+
+def save_latent_checkpoints(folder: Path, number: int) -> list[Path]:
+    """The same of a tiny DeepSeek-V3 without experts: vLLM's CPU engine packs those in an order of its own."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeepseekV3Config(
+        hidden_size=256,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        q_lora_rank=64,
+        kv_lora_rank=512,  # with 64 rotated ones: the only size that the CPU kernel takes
+        qk_rope_head_dim=64,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        vocab_size=1024,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    return _save(transformers.DeepseekV3ForCausalLM, config, folder, number)
+
+
+def _save(architecture: Any, config: Any, folder: Path, number: int) -> list[Path]:
     paths = [folder / f"version-{version}" for version in range(1, number + 1)]
     for path in paths:
         torch.manual_seed(int(path.name[-1]))
-        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+        model = architecture(config).to(torch.bfloat16)
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
         model.save_pretrained(path)
@@ -69,11 +97,41 @@ class Trainer:
         self.stage.commit().wait()
 
 
+class Driven:
+    """An AsyncLLM with an event loop of its own, which runs while a test asks for something."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        self.runner = asyncio.Runner()
+        self.llm = self.do(self._start(model, OPTIONS | options))
+
+    @staticmethod
+    async def _start(model: Path, options: dict[str, Any]) -> Any:
+        # Not at the top: workers import this module too, before vLLM has chosen how they are started.
+        from vllm import AsyncEngineArgs  # noqa: PLC0415
+        from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(str(model), disable_log_stats=True, **options))
+
+    def do(self, what: Coroutine[Any, Any, Any]) -> Any:
+        async def limited() -> Any:
+            async with asyncio.timeout(4 * DEADLINE_S):
+                return await what
+
+        return self.runner.run(limited())
+
+    def close(self) -> None:
+        self.llm.shutdown()
+        self.runner.close()
+
+
 class TellingExtension(StagingdWorkerExtension):
     """The extension that users name, with what tests want to know and to break."""
 
     def stagingd_echo(self: Any, number: int) -> list[int]:
         return [self.rank, number]
+
+    def stagingd_pid(self: Any) -> int:
+        return os.getpid()
 
     def stagingd_break(self: Any, rank: int) -> None:
         """Takes the stage away from one worker's weight-transfer engine."""
