@@ -11,7 +11,7 @@ demo: .venv/installed
 DEATHS := tests/test_crashes.py
 ENGINES := tests/test_demo.py tests/test_vllm_engine.py tests/test_vllm_fp8_engine.py tests/test_vllm_server.py \
 	tests/test_async_engine.py tests/test_engines_die_and_join.py tests/test_weight_transfer.py \
-	tests/test_attachment.py \
+	tests/test_attachment.py tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py \
 	tests/test_exactness_of_models.py tests/test_plans_of_models.py
 BESIDE := $(DEATHS) $(ENGINES)
 

@@ -15,6 +15,8 @@ from daemons import RunningDaemon, start
 from exactness_table import Compared, Row
 from exactness_table import markdown as exactness_markdown
 
+pytest.register_assert_rewrite("tiny_engines")  # test modules import it before they name it as a plugin
+
 OUTCOMES = pytest.StashKey[dict[Event, Outcome]]()
 EXACTNESS = pytest.StashKey[dict[tuple[Row, str], Compared]]()
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import witness
 from fp8_checkpoints import BLOCK_MODELS, CHECKPOINTS
 from fp8_on_cpu import scaled_fp8_quant
 from private_stage import PrivateStage, by_columns, by_rows, private_stage
@@ -61,7 +62,6 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from stagingd.boxes import Box, whole
-from stagingd.errors import StagingError
 
 CUTS = {
     "whole": lambda shape: [whole(shape)],
@@ -319,19 +319,15 @@ def examine(
 
 
 def serve(folder: Path) -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        case = json.loads(line)
+    def answer(case: dict[str, Any]) -> list[dict[str, Any]]:
         model = ToldModel(**case["told"]) if "told" in case else (MODELS | BLOCK_MODELS)[case["model"]]
         checkpoint = CHECKPOINTS.get(case["mode"] or "")
         path = folder / case["model"] / (case["mode"] if checkpoint else "plain")
         if not path.exists():
             (checkpoint or type(model)).save_config(model, path)
-        try:
-            found: Any = examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
-        except StagingError as refused:
-            found = {"refused": str(refused)}
-        print("outcome", json.dumps(found), flush=True)
+        return examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
+
+    witness.serve(answer)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ a line. vLLM takes many seconds to import, and so it is imported once for all of
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import witness
 from stagingd_vllm.offline import NoSuchWorker, Worker, derive_offline, worker_config
 from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor
 from tiny_models import MODELS, TinyModel
@@ -106,18 +106,13 @@ def examine(folder: Path, model: TinyModel, worker: Worker, unknown: list[str]) 
 
 
 def serve(folder: Path) -> None:
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        case = json.loads(line)
-        model = MODELS[case["model"]]
-        path = folder / case["model"]
+    def answer(case: dict[str, Any]) -> dict[str, Any]:
+        model, path = MODELS[case["model"]], folder / case["model"]
         if not path.exists():
             model.save_config(path)
-        try:
-            outcome = examine(path, model, Worker(**case["worker"]), case["unknown"])
-        except NoSuchWorker as refused:
-            outcome = {"refused": str(refused)}
-        print("outcome", json.dumps(outcome), flush=True)
+        return examine(path, model, Worker(**case["worker"]), case["unknown"])
+
+    witness.serve(answer, NoSuchWorker)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 from daemons import RunningDaemon
-from stagingd_client import Stage
 from stagingd_vllm.answers import checked
-from tiny_engines import BACKEND, Driven, Trainer, engine_environment, save_checkpoints
+from tiny_engines import BACKEND, Driven, Trainer
 
 pytest.importorskip("vllm")
 
@@ -26,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 pytestmark = pytest.mark.vllm
+pytest_plugins = ["tiny_engines"]
 
 PROMPT = [1, 5, 9, 7]
 TOKENS = 400
@@ -47,20 +47,6 @@ class Request:
             self.tokens = list(output.outputs[0].token_ids)
             self.grown.set()
         return self.tokens
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("engines")
-    save_checkpoints(folder, 2)
-    with engine_environment(folder):
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def trainer(daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
-    with Stage.open("policy", rank=0, ranks=1, socket=daemon.socket) as stage:
-        yield Trainer(stage, sorted(folder.glob("version-*")))
 
 
 @pytest.fixture(scope="module")

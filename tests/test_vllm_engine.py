@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stagingd_vllm.answers import checked
 from stagingd_vllm.plan import PlanRefused
+from tiny_engines import local_engine, save_checkpoints
 
 from stagingd.errors import OutOfOrder
 
@@ -26,25 +27,7 @@ PROMPTS = [[1, 5, 9, 7], list(range(20, 60))]
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Four checkpoints of one tiny model; the third has one tensor too many, and in the last head and embedding are
     equal."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen3Config(
-        hidden_size=256,
-        intermediate_size=344,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=1021,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    paths = [tmp_path_factory.mktemp("checkpoint") for _ in range(4)]
-    for seed, path in enumerate(paths):
-        torch.manual_seed(seed)
-        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter) * 0.05)
-        model.save_pretrained(path)
+    paths = save_checkpoints(tmp_path_factory.mktemp("checkpoints"), 4, words=1021)  # vLLM pads it
     odd = paths[2] / "model.safetensors"
     save_file(load_file(odd) | {"model.layers.0.self_attn.bend.weight": torch.zeros(4)}, odd)
     tied = paths[3] / "model.safetensors"
@@ -54,22 +37,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoints: list[Path]) -> Iterator[Any]:
+def engine(tmp_path_factory: pytest.TempPathFactory, checkpoints: list[Path]) -> Iterator[Any]:
     """An engine that runs the first checkpoint; detached from every stage."""
-    vllm = pytest.importorskip("vllm")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        environment.setenv("HF_HUB_OFFLINE", "1")
-        llm = vllm.LLM(
-            str(checkpoints[0]),
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=256,
-            gpu_memory_utilization=0.2,
-            worker_extension_cls="checkpoint_extension.CheckpointExtension",
-        )
+    with local_engine(
+        tmp_path_factory.mktemp("plugins"), checkpoints[0], "checkpoint_extension.CheckpointExtension"
+    ) as llm:
         yield llm
-        llm.llm_engine.engine_core.shutdown()
 
 
 def attach(llm: Any, *checkpoints: Path) -> dict[str, object]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from stagingd_vllm.answers import checked
-from tiny_engines import OPTIONS, engine_environment, save_checkpoints
+from stagingd_vllm.quantization_error import QuantizationError
+from tiny_engines import local_engine, save_checkpoints
 
 pytestmark = pytest.mark.vllm
 
@@ -25,13 +26,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory, checkpoints: list[Path]) -> Iterator[Any]:
     """An engine that runs the first checkpoint."""
-    vllm = pytest.importorskip("vllm")
-    with engine_environment(tmp_path_factory.mktemp("plugins")), pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TORCHDYNAMO_DISABLE", "1")  # the quantization of activations is compiled otherwise
-        options = OPTIONS | {"worker_extension_cls": "fp8_extension.Fp8Extension"}
-        llm = vllm.LLM(str(checkpoints[0]), tensor_parallel_size=2, quantization="fp8_per_tensor", **options)
+    options = {"tensor_parallel_size": 2, "quantization": "fp8_per_tensor"}
+    with local_engine(
+        tmp_path_factory.mktemp("plugins"), checkpoints[0], "fp8_extension.Fp8Extension", **options
+    ) as llm:
         yield llm
-        llm.llm_engine.engine_core.shutdown()
 
 
 def generated(llm: Any, prompt: list[int]) -> list[tuple[int, float]]:
@@ -60,4 +59,28 @@ def test_fp8_in_place_equals_vllms_own_loading_bit_for_bit_on_both_ranks(engine:
     engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
     assert engine.collective_rpc("stagingd_weights") == updated
     assert generated(engine, prompt) == after
+    engine.collective_rpc("stagingd_detach")
+
+
+def test_both_ranks_tell_what_clipping_does_to_the_error(engine: Any, checkpoints: list[Path]) -> None:
+    kwargs = {"stage": os.pathsep.join(map(str, checkpoints)), "scale_rule": "sigma:3"}
+    checked(engine.collective_rpc("stagingd_attach", kwargs=kwargs))
+    checked(engine.collective_rpc("stagingd_update", kwargs={"version": 2}))
+    weights = engine.collective_rpc("stagingd_weights")
+    answers = checked(engine.collective_rpc("stagingd_quantization_error"))
+    assert engine.collective_rpc("stagingd_weights") == weights
+    assert [(answer["version"], answer["rank"], answer["scale_rule"]) for answer in answers] == [
+        (2, 0, "sigma:3"),
+        (2, 1, "sigma:3"),
+    ]
+    assert len(answers[0]["parameters"]) == 8  # fused, of two layers
+    whole = {
+        rule: sum((QuantizationError.of(answer["total"][rule]) for answer in answers), QuantizationError())
+        for rule in ("sigma:3", "amax")
+    }
+    per_layer = 256 * (2 * 256 + 2 * 64) + 3 * 256 * 384
+    assert [error.values for error in whole.values()] == [2 * per_layer] * 2
+    assert whole["sigma:3"].clipped > whole["amax"].clipped == 0
+    assert 0.02 < whole["amax"].relative_rms_error < 0.03
+    assert whole["sigma:3"].greatest_error > whole["amax"].greatest_error
     engine.collective_rpc("stagingd_detach")

@@ -21,13 +21,13 @@ from typing import Any
 import psutil
 import pytest
 from daemons import DEADLINE_S, RunningDaemon
-from stagingd_client import Stage
 from stagingd_vllm.answers import checked
-from tiny_engines import BACKEND, OPTIONS, Trainer, engine_environment, save_checkpoints
+from tiny_engines import BACKEND, OPTIONS, Trainer
 
 from stagingd.errors import OutOfOrder
 
 pytestmark = pytest.mark.vllm
+pytest_plugins = ["tiny_engines"]
 
 START_S = 120.0
 PROMPT = list(range(20, 120))
@@ -95,20 +95,6 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("server")
-    save_checkpoints(folder, 2)
-    with engine_environment(folder):
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def trainer(daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
-    with Stage.open("policy", rank=0, ranks=1, socket=daemon.socket) as stage:
-        yield Trainer(stage, sorted(folder.glob("version-*")))
-
-
-@pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "version-1")]
@@ -131,7 +117,7 @@ def server(folder: Path) -> Iterator[Server]:
 def test_the_weight_transfer_routes_take_a_version_that_equals_a_reload(
     server: Server, daemon: RunningDaemon, trainer: Trainer
 ) -> None:
-    expected = [server.reloaded(checkpoint) for checkpoint in reversed(trainer.checkpoints)]
+    expected = [server.reloaded(trainer.checkpoints[number]) for number in (1, 0)]
     info = {"stage": "policy", "socket": str(daemon.socket), "engine": "native"}
     server.ask("/init_weight_transfer_engine", {"init_info": info})
     trainer.publish(2, 2)

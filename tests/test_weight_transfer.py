@@ -10,28 +10,14 @@ from typing import Any
 
 import pytest
 from daemons import DEADLINE_S, RunningDaemon
-from stagingd_client import Stage
 from stagingd_vllm.answers import checked
-from tiny_engines import BACKEND, OPTIONS, Trainer, engine_environment, save_checkpoints
+from tiny_engines import BACKEND, OPTIONS, Trainer
 
 pytestmark = pytest.mark.vllm
+pytest_plugins = ["tiny_engines"]
 
 PROMPTS = [[1, 5, 9, 7], list(range(20, 120))]
 Generated = list[tuple[list[int], list[dict[int, float]]]]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("engines")
-    save_checkpoints(folder, 3)
-    with engine_environment(folder):
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def trainer(daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
-    with Stage.open("policy", rank=0, ranks=1, socket=daemon.socket) as stage:
-        yield Trainer(stage, sorted(folder.glob("version-*")))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,9 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of whole engines share: tiny checkpoints, their trainer, the plugin as if installed, and an extension."""
+"""What tests of whole engines share: tiny checkpoints, their trainer, the plugin as if installed, and an extension.
+
+Its fixtures are there for a test module that says ``pytest_plugins = ["tiny_engines"]``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from daemons import DEADLINE_S
+from daemons import DEADLINE_S, RunningDaemon
 from safetensors.torch import load_file
 from stagingd_client import Stage
 from stagingd_vllm.extension import StagingdWorkerExtension
@@ -31,8 +34,11 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def save_checkpoints(folder: Path, number: int, width: int = 344) -> list[Path]:
-    """Checkpoints of one tiny model, as versions 1, 2, … of it would be; ``width`` is that of its inner layer."""
+def save_checkpoints(folder: Path, number: int, width: int = 344, words: int = 1024) -> list[Path]:
+    """Checkpoints of one tiny model, as versions 1, 2, … of it would be.
+
+    ``width`` is that of its inner layer, ``words`` how many its vocabulary has.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen3Config(
         hidden_size=256,
@@ -41,7 +47,7 @@ def save_checkpoints(folder: Path, number: int, width: int = 344) -> list[Path]:
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=32,
-        vocab_size=1024,
+        vocab_size=words,
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
@@ -156,6 +162,36 @@ def engine_environment(folder: Path) -> Iterator[None]:
         patch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "30")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+        # Small functions beside the model are compiled otherwise, in every worker: it takes longer than all the rest.
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         patch.syspath_prepend(metadata.parent)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         yield
+
+
+@contextmanager
+def local_engine(folder: Path, model: Path, extension: str, **options: Any) -> Iterator[Any]:
+    """An LLM whose workers are processes of their own. Its core is in this one, which has imported vLLM already."""
+    vllm = pytest.importorskip("vllm")
+    with engine_environment(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        options |= {"worker_extension_cls": extension, "distributed_executor_backend": "mp"}
+        llm = vllm.LLM(str(model), **(OPTIONS | options))
+        yield llm
+        llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Three checkpoints, ``version-1`` and so on, and an environment for engines that run them."""
+    folder = tmp_path_factory.mktemp("engines")
+    save_checkpoints(folder, 3)
+    with engine_environment(folder):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def trainer(daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
+    """The stage "policy" on the module's daemon; its version 1 is the first checkpoint."""
+    with Stage.open("policy", rank=0, ranks=1, socket=daemon.socket) as stage:
+        yield Trainer(stage, sorted(folder.glob("version-*")))

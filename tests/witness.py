@@ -1,6 +1,6 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""A process that has imported vLLM, and answers case after case: a line of JSON each way."""
+"""A process that has imported vLLM, and answers case after case: a line of JSON each way. Both ends of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from stagingd.errors import StagingError
 
 DEADLINE_S = 60.0
 
@@ -51,3 +55,14 @@ def witness(script: str, folder: Path) -> Iterator[Witness]:
     finally:
         process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, log.read_text()[-4000:]
+
+
+def serve(examine: Callable[[dict[str, Any]], Any], refusal: type[StagingError] = StagingError) -> None:
+    """The loop of such a process. What is refused is an answer too."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        try:
+            outcome = examine(json.loads(line))
+        except refusal as refused:
+            outcome = {"refused": str(refused)}
+        print("outcome", json.dumps(outcome), flush=True)

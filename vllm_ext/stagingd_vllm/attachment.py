@@ -17,9 +17,11 @@ import torch
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_group
 
-from stagingd.errors import OutOfOrder
+from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.derived import refresh_derived
+from stagingd_vllm.layouts import homes
 from stagingd_vllm.plan import StagedTensor
+from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
 from stagingd_vllm.scales import ScaleRule
@@ -89,10 +91,14 @@ class Place:
 class Attachment:
     """A worker's part in a stage. ``Attachment.to`` makes it, ``detach`` ends it."""
 
-    def __init__(self, place: Place, reader: Reader, receiver: Receiver) -> None:
+    def __init__(
+        self, place: Place, reader: Reader, receiver: Receiver, model: torch.nn.Module, scale_rule: str = "amax"
+    ) -> None:
         self.place = place
         self.reader = reader
         self.receiver = receiver
+        self.scale_rule = scale_rule
+        self._model = model
         self._witness: torch.Tensor | None = None
 
     @classmethod
@@ -139,7 +145,7 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.pop_all()
-        return cls(place, reader, receiver)
+        return cls(place, reader, receiver, model, scale_rule)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -176,6 +182,36 @@ class Attachment:
         except LayoutChanged:
             return None
         return self.receiver.version if torch.equal(self._witness, self._look()) else None
+
+    def quantization_error(self, timeout_s: float = 60.0) -> dict[str, Any]:
+        """How far what the weights hold, by the scale rule and by amax beside it, lies from what is staged.
+
+        Of the worker's own slice; the weights are not written. See ``StagingdWorkerExtension``.
+
+        Raises:
+            OutOfOrder: the weights hold no version of the stage, or one that the stage has replaced since.
+            DeadlineExceeded: no lease within ``timeout_s`` seconds.
+            LeaseLost: looking took longer than a lease lasts.
+        """
+        version = self.version
+        if version is None:
+            raise OutOfOrder("the weights hold no version of the stage", remedy="call stagingd_update first")
+        try:
+            lease = self.reader.lease(version=version, timeout_s=timeout_s)
+        except VersionNotAvailable as error:
+            raise OutOfOrder(f"{error.what}, and the weights hold that one", remedy="update again, then ask") from error
+        rules = {rule: ScaleRule.parse(rule) for rule in (self.scale_rule, "amax")}
+        with lease:
+            found = quantization_errors(self.receiver.plan, homes(self._model), self.reader.catalog, lease, rules)
+        return {
+            "version": version,
+            "rank": self.place.rank,
+            "scale_rule": self.scale_rule,
+            "total": {rule: error.figures() for rule, error in summed(found.values()).items()},
+            "parameters": {
+                name: {rule: error.figures() for rule, error in errors.items()} for name, errors in found.items()
+            },
+        }
 
     def _look(self) -> torch.Tensor:
         """A sample of the bytes of the live weights, on their device: WITNESS_BYTES of each parameter at most."""

@@ -110,6 +110,29 @@ class StagingdWorkerExtension:
             "milliseconds": report.seconds_read * 1e3,
         }
 
+    @answering
+    def stagingd_quantization_error(self: Worker, timeout_s: float = 60.0) -> Answer:
+        """What quantization costs: how far the version that the weights hold lies from what is staged.
+
+        Told of each quantized parameter (``parameters``) and of all (``total``), for the worker's scale rule and for
+        "amax" beside it, which nothing live is written for: ``relative_rms_error`` (the norm of the error in
+        proportion to that of the staged values), ``greatest_error``, ``clipped_share`` (beyond what the scale
+        represents), ``flushed_share`` (to zero, from what was not), and the sums that these follow from. Each worker
+        tells of its own slice: ``QuantizationError.of(figures)`` of several workers add up. What several workers hold
+        counts with each of them.
+
+        Takes 48 MiB on the weights' device, and a lease, which has to last as long (``stagingd serve --lease-s``).
+
+        Returns:
+            version, rank, scale_rule, total and parameters.
+
+        Raises:
+            OutOfOrder: not attached; the weights hold no version; or the stage has replaced it since.
+            DeadlineExceeded: no lease within ``timeout_s`` seconds.
+            LeaseLost: it took longer than a lease lasts.
+        """
+        return attachment_of(self).quantization_error(timeout_s)
+
     def stagingd_version(self: Worker) -> int | None:
         """The version that the weights hold, or None when they hold none of the stage's (``Attachment.version``)."""
         return self.stagingd_attachment.version if self.stagingd_attachment else None
