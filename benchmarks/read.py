@@ -9,6 +9,7 @@ A version is read from its lease on, by all ranks at once, while nobody generate
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -124,7 +125,7 @@ def _median(values: list[float]) -> float:
 @app.command()
 def read(
     model: Annotated[list[str] | None, typer.Option(help=f"Which: {', '.join(SIZES)}. [default: 8B]")] = None,
-    tensor_parallel: Annotated[int, typer.Option(min=1, help="Ranks of the engine.")] = 1,
+    tensor_parallel: Annotated[list[int] | None, typer.Option(min=1, help="Ranks of an engine. [default: 1]")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="vLLM's quantizations, or bfloat16.")] = None,
     updates: Annotated[int, typer.Option(min=1, help="Timed updates.")] = 7,
     reloads: Annotated[int, typer.Option(min=0, help="Timed reloads by vLLM itself.")] = 0,
@@ -132,9 +133,9 @@ def read(
     results: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
 ) -> None:
     """Measure how versions get into the live weights of vLLM engines on this machine."""
-    models, modes = model or ["8B"], mode or ["fp8_per_tensor"]
+    models, modes, sizes = model or ["8B"], mode or ["fp8_per_tensor"], tensor_parallel or [1]
     console = Console(width=140)
-    around = surroundings(models=models, modes=modes, tensor_parallel=tensor_parallel, updates=updates)
+    around = surroundings(models=models, modes=modes, tensor_parallel=sizes, updates=updates)
     found: list[Row] = []
     prefix = f"/stagingd-bench-{os.getpid()}-"
     with ExitStack() as cleanup:
@@ -149,8 +150,8 @@ def read(
             trainer.join(TRAINER_S)
             if trainer.exitcode != 0:
                 raise BenchmarkFailed(f"the trainer of {name} did not stage it", remedy="its own words are above")
-            for some in modes:
-                found += measure(name, tensor_parallel, some, folder / name, socket, updates, reloads)
+            for ranks, some in itertools.product(sizes, modes):
+                found += measure(name, ranks, some, folder / name, socket, updates, reloads)
                 report = Report("read", machine_slug(machine), around, found)
                 path = report.write(results)  # after every engine: they take minutes
     console.print(report.table())

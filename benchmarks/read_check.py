@@ -55,7 +55,7 @@ def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callab
         raise BenchmarkFailed(f"{home.scheme.name} is not checked here", remedy="measure an FP8 mode")
     matrices = _padded(loaded, home).reshape(-1, *home.weight.shape[-2:])
     limits = _limits(home.scheme.granularity, matrices, shape, entries, tensors)
-    scales = home.scheme.formula(limits)
+    scales = home.scheme.formula(limits, limits.device)
     made = torch.stack(
         [
             quantize(matrix, scale, home.scheme.granularity, whole(tuple(matrix.shape)))

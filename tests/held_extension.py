@@ -42,5 +42,5 @@ class HeldExtension(TellingExtension):
     def stagingd_hold(self: Worker, gate: str) -> None:
         """The next update is never done; ``gate`` is a named pipe."""
         receiver = attachment_of(self).receiver
-        assert isinstance(receiver._moves, HostCarrier)
-        receiver._moves = Held(receiver._moves, gate)
+        assert isinstance(receiver._quantized, HostCarrier)
+        receiver._quantized = Held(receiver._quantized, gate)

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real vLLM engines on GPUs: after versions in place they are engines that were started from the same weights.
 
-``pytest -m gpu``; cases with two ranks exist where there are two GPUs.
+``pytest -m gpu``; cases with two ranks exist where there are two GPUs. Small functions beside the model are not
+compiled (``engine_environment``): compiled, vLLM's quantizer per block takes approximate reciprocals, and one byte in
+millions is another (``test_schemes_on_gpu.py``).
 """
 
 from __future__ import annotations

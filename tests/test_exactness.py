@@ -132,3 +132,12 @@ def test_relative_boxes_find_the_slice_in_the_whole() -> None:
     for lease in staged(tensor, [Box((0, 0), (3, 4))]):
         box = Box((1, 1), (2, 2))
         assert torch.equal(lease.read("w", box), tensor[relative(box, whole((3, 4))).slices])
+
+
+def test_per_block_the_scale_is_the_quotient_on_a_cpu_and_a_product_on_a_gpu() -> None:
+    limits = torch.rand(10_000, generator=torch.Generator().manual_seed(1)) * 4
+    divided, multiplied = (scales(limits, Granularity.BLOCK, torch.device(name)) for name in ("cpu", "cuda"))
+    assert torch.equal(divided, scales(limits, Granularity.BLOCK))
+    assert torch.equal(multiplied, limits.clamp_min(1e-4) * torch.tensor(1 / FP8_MAX))
+    assert 0 < (divided != multiplied).sum() < 10_000
+    assert torch.allclose(divided, multiplied, rtol=2**-22)

@@ -178,7 +178,7 @@ def by_compressed_tensors(values: torch.Tensor, strategy: str) -> tuple[torch.Te
 
 def by_stagingd(values: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     amax = _reduced(values.float().abs(), scheme.granularity.value, torch.amax)
-    scale = scheme.formula(amax)
+    scale = scheme.formula(amax, amax.device)
     return quantize(values, scale, scheme.granularity, whole(tuple(values.shape))), scale
 
 

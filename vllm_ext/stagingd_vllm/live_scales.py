@@ -26,6 +26,7 @@ class LiveScales:
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         self._recipe = recipe
+        self._device = device
         self._peaks = carrier(recipe.peaks, device) if recipe.peaks else None
         count = sum(span.count for span in recipe.spans)
         self._host = torch.empty(count, dtype=torch.float32, pin_memory=device.type == "cuda")
@@ -52,13 +53,13 @@ class LiveScales:
         limits = torch.from_numpy(self._recipe.limits.of(stored))
         # A copy of the version before has been waited for (Receiver.apply), so the memory is free to be written.
         for formula, some in self._ranges:
-            self._host[some] = limits[some] if formula is None else formula(limits[some])
+            self._host[some] = limits[some] if formula is None else formula(limits[some], self._device)
         torch._foreach_copy_(self._live, self._staged, non_blocking=True)
         if self._peaks is not None:
             self._peaks.carry(slot)
             for span, live in zip(self._recipe.spans, self._live, strict=True):
                 if span.from_slice:
-                    live.copy_(span.scheme.formula(live))
+                    live.copy_(span.scheme.formula(live, self._device))
 
 
 def _flat(span: ScaleSpan) -> torch.Tensor:

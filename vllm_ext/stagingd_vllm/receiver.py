@@ -136,7 +136,8 @@ class Receiver:
         self._device = _device_of(live)
         self._own_loader = OwnLoader(plan, found, loading, source.catalog)
         recipe = make_recipe(plan, live, source.catalog, rule or ScaleRule())
-        self._moves = carrier(recipe.moves, self._device)
+        self._plain = carrier([move for move in recipe.moves if move.scales is None], self._device)
+        self._quantized = carrier([move for move in recipe.moves if move.scales is not None], self._device)
         self._scales = LiveScales(recipe, self._device)
         self._unregister: Callable[[], None] = registered(source.slots, self._device)
 
@@ -161,8 +162,10 @@ class Receiver:
             self.check()
             self._version = None
             try:
+                # What has no scale crosses while the host works scales out.
+                self._plain.carry(lease.slot)
                 self._scales.set(lease.slot, lease.stored)
-                self._moves.carry(lease.slot)
+                self._quantized.carry(lease.slot)
                 self._own_loader.load(lease.slot)
                 self._refresh()
             finally:

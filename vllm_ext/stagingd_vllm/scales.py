@@ -75,12 +75,14 @@ class ScaleRule:
         return torch.from_numpy(np.ascontiguousarray(amax))
 
 
-def scales(limits: torch.Tensor, granularity: Granularity) -> torch.Tensor:
+def scales(limits: torch.Tensor, granularity: Granularity, engine: torch.device | None = None) -> torch.Tensor:
     """The scale of each cell.
 
     Args:
         limits: the largest magnitude to represent per cell, float32.
         granularity: which of the engine's formulae.
+        engine: the device on which the engine makes its own; that of ``limits``, if none is given. Per block it
+            divides by a number, not by a tensor: for that torch multiplies by the reciprocal, in float32, on GPUs.
 
     Returns:
         float32, of the same shape. Per tensor an all-zero tensor has scale 0, as in the engine.
@@ -90,4 +92,5 @@ def scales(limits: torch.Tensor, granularity: Granularity) -> torch.Tensor:
         return limits / fp8_max
     if granularity is Granularity.CHANNEL:
         return (limits / fp8_max).clamp_min(1.0 / (FP8_MAX * 512.0))
-    return limits.clamp_min(1e-4) / fp8_max
+    limits = limits.clamp_min(1e-4)
+    return limits / fp8_max if (engine or limits.device).type == "cpu" else limits * fp8_max.reciprocal()

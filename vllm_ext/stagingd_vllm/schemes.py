@@ -30,22 +30,22 @@ class Scheme:
         granularity: what shares a scale.
         treatment: how a value and its scale become a byte.
         live: dtype of the bytes.
-        formula: largest magnitudes to represent -> scales; float32 tensors of the same shape.
+        formula: largest magnitudes to represent, and the engine's device -> scales; float32 of the same shape.
     """
 
     name: str
     granularity: Granularity
     treatment: Treatment
     live: str
-    formula: Callable[[torch.Tensor], torch.Tensor]
+    formula: Callable[[torch.Tensor, torch.device], torch.Tensor]
 
 
-def _int8_scales(limits: torch.Tensor) -> torch.Tensor:
+def _int8_scales(limits: torch.Tensor, _: torch.device) -> torch.Tensor:
     # The engine divides a bf16 tensor by a number: the scale is rounded to bf16, and kept as float32.
     return (limits.bfloat16() / INT8_MAX).float()
 
 
-def _torchao_scales(limits: torch.Tensor) -> torch.Tensor:
+def _torchao_scales(limits: torch.Tensor, _: torch.device) -> torch.Tensor:
     # The same there. Of zeros the scale is 0, and of what is next to them too: such a row stands for zeros.
     return (limits.bfloat16() / FP8_MAX).float()
 
@@ -55,21 +55,21 @@ FP8_PER_TENSOR: Final = Scheme(
     Granularity.TENSOR,
     Treatment.MULTIPLY,
     "float8_e4m3fn",
-    lambda limits: scales(limits, Granularity.TENSOR),
+    lambda limits, engine: scales(limits, Granularity.TENSOR, engine),
 )
 FP8_PER_CHANNEL: Final = Scheme(
     "fp8_per_channel",
     Granularity.CHANNEL,
     Treatment.DIVIDE,
     "float8_e4m3fn",
-    lambda limits: scales(limits, Granularity.CHANNEL),
+    lambda limits, engine: scales(limits, Granularity.CHANNEL, engine),
 )
 FP8_PER_BLOCK: Final = Scheme(
     "fp8_per_block",
     Granularity.BLOCK,
     Treatment.MULTIPLY,
     "float8_e4m3fn",
-    lambda limits: scales(limits, Granularity.BLOCK),
+    lambda limits, engine: scales(limits, Granularity.BLOCK, engine),
 )
 INT8_PER_CHANNEL: Final = Scheme(
     "int8_per_channel_weight_only", Granularity.CHANNEL, Treatment.ROUND, "int8", _int8_scales
