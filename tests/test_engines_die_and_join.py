@@ -18,6 +18,7 @@ import pytest
 from daemons import DEADLINE_S, Puppet, RunningDaemon, eventually
 from stagingd_client import Stage
 from stagingd_vllm.answers import checked
+from stagingd_vllm.replicas import of_all_replicas
 from tiny_engines import (
     OPTIONS,
     Driven,
@@ -124,12 +125,6 @@ async def generated_by_both(llm: Any, name: str) -> list[Said]:
     return answers
 
 
-async def asked_of_both(llm: Any, method: str, **kwargs: Any) -> list[Any]:
-    """What each replica answers: of ``collective_rpc`` vLLM gives the first replica's answers alone."""
-    answers = await llm.engine_core.call_utility_all_async("collective_rpc", method, None, (), kwargs)
-    return [answer for (answer,) in answers]
-
-
 def attach(llm: Any, stage: str, daemon: RunningDaemon) -> list[dict[str, Any]]:
     return checked(llm.collective_rpc("stagingd_attach", kwargs={"stage": stage, "socket": str(daemon.socket)}))
 
@@ -215,18 +210,18 @@ def test_both_data_parallel_replicas_take_versions(
     async def follow(llm: Any, trainer: Trainer) -> None:
         first = await generated_by_both(llm, "first")
         assert first[0] == first[1]
-        await asked_of_both(llm, "stagingd_attach", stage="replicated", socket=str(daemon.socket))
+        await of_all_replicas(llm, "stagingd_attach", stage="replicated", socket=str(daemon.socket))
         assert daemon.stage("replicated").engines == ("engine", "engine-dp1")
         trainer.publish(2, 2)
-        await llm.collective_rpc("stagingd_update")
-        assert await asked_of_both(llm, "stagingd_version") == [2, 2]
+        updated = checked(await of_all_replicas(llm, "stagingd_update"))
+        assert [answer["version"] for answer in updated] == [2, 2]
         second = await generated_by_both(llm, "second")
         assert second[0] == second[1] != first[0]
         for version in (3, 4, 5):
             trainer.publish(version, 1 + version % 2)
         trainer.publish(6, 1)
         await llm.collective_rpc("stagingd_update")
-        assert await asked_of_both(llm, "stagingd_version") == [6, 6]
+        assert await of_all_replicas(llm, "stagingd_version") == [6, 6]
         assert await generated_by_both(llm, "third") == first
         await llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
         assert await generated_by_both(llm, "reloaded") == second
