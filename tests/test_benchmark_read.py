@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from live_model import Parallel, tensors
 from private_stage import by_rows, private_stage
 from stagingd_vllm.layouts import homes
 from stagingd_vllm.receiver import Receiver
-from test_receiver import Parallel, tensors
 
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read_check import Compared, compare

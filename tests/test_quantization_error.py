@@ -12,6 +12,7 @@ import pytest
 import torch
 from daemons import RunningDaemon
 from live_layers import linear
+from live_model import SCHEMES, Parallel, tensors
 from private_stage import PrivateLease, PrivateStage, by_columns, by_rows, private_stage
 from stagingd_client import Stage
 from stagingd_vllm import quantization_error
@@ -21,7 +22,6 @@ from stagingd_vllm.quantization_error import Errors, QuantizationError, quantiza
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import Receiver
 from stagingd_vllm.scales import ScaleRule
-from test_receiver import SCHEMES, Parallel, tensors
 
 from stagingd.boxes import whole
 from stagingd.errors import OutOfOrder, StagingError, from_code
