@@ -34,10 +34,11 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.control
 
-# Every package is named with its version in requirements/cpu.txt, so nothing is resolved anew.
+# Every package is named with its version in requirements/cpu.txt, so nothing is resolved anew. Python compiles what it
+# imports; to compile all of torch and vLLM beforehand would take as long as to install them.
 .venv/installed: requirements/cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-deps --requirement requirements/cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-compile --requirement requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch .venv/installed
 

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from daemons import DEADLINE_S, Puppet, RunningDaemon, eventually
+from engine_environment import engine_environment
 from stagingd_client import Stage
 from stagingd_vllm.answers import checked
 from stagingd_vllm.replicas import of_all_replicas
@@ -23,7 +24,6 @@ from tiny_engines import (
     OPTIONS,
     Driven,
     Trainer,
-    engine_environment,
     save_checkpoints,
     save_latent_checkpoints,
 )
@@ -71,7 +71,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]
     folder = tmp_path_factory.mktemp("engines")
     paths = save_checkpoints(folder, 2, width=384)  # FP8 kernels take multiples of 16
     with engine_environment(folder), pytest.MonkeyPatch.context() as environment:
-        environment.setenv("TORCHDYNAMO_DISABLE", "1")
         environment.setenv("VLLM_USE_AOT_COMPILE", "0")
         yield paths
 
@@ -238,7 +237,7 @@ def test_latent_attention_over_two_pipeline_stages_takes_versions(
     latent = save_latent_checkpoints(tmp_path, 2)
     with (
         Stage.open("latent", rank=0, ranks=1, socket=daemon.socket) as stage,
-        engine(latent[1], pipeline_parallel_size=2, enforce_eager=False) as llm,
+        engine(latent[1], pipeline_parallel_size=2, enforce_eager=False, **FP8) as llm,
     ):
         trainer = Trainer(stage, latent)
         loaded = generated(llm)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 from daemons import RunningDaemon
+from engine_environment import engine_environment
 from safetensors.torch import save_file
 from stagingd_client import Stage
 from stagingd_vllm.answers import checked
-from tiny_engines import engine_environment
 
 from benchmarks.read_model import Sizes
 

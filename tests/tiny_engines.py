@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
-import tomllib
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from daemons import DEADLINE_S, RunningDaemon
+from engine_environment import engine_environment
 from safetensors.torch import load_file
 from stagingd_client import Stage
 from stagingd_vllm.extension import StagingdWorkerExtension
@@ -59,7 +58,7 @@ def save_latent_checkpoints(folder: Path, number: int) -> list[Path]:
     transformers = pytest.importorskip("transformers")
     config = transformers.DeepseekV3Config(
         hidden_size=256,
-        intermediate_size=344,
+        intermediate_size=384,  # FP8 kernels take multiples of 16
         num_hidden_layers=2,
         first_k_dense_replace=2,
         num_attention_heads=8,
@@ -143,30 +142,6 @@ class TellingExtension(StagingdWorkerExtension):
         """Takes the stage away from one worker's weight-transfer engine."""
         if self.rank == rank:
             self.weight_transfer_engine.shutdown()
-
-
-@contextmanager
-def engine_environment(folder: Path) -> Iterator[None]:
-    """The environment of an engine on two cores; the project's plugins are found as its metadata says."""
-    metadata = folder / "installed" / "stagingd-0.dist-info"
-    metadata.mkdir(parents=True)
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    points = [
-        f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in e.items()) for group, e in project["entry-points"].items()
-    ]
-    (metadata / "entry_points.txt").write_text("\n".join(points))
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: stagingd\nVersion: 0\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-        patch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "30")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-        # Small functions beside the model are compiled otherwise, in every worker: it takes longer than all the rest.
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
-        patch.syspath_prepend(metadata.parent)
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        yield
 
 
 @contextmanager
