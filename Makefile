@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
+# Else Python would compile what it imports again in every process that a test starts (see .venv/installed).
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint types bench clean
 
 demo: .venv/installed

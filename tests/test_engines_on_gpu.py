@@ -52,23 +52,29 @@ def save_checkpoint(folder: Path, sizes: Sizes, version: int) -> Path:
 
 @contextmanager
 def engine(path: Path, mode: str | None, ranks: int, graphs: bool) -> Iterator[Any]:
+    """An engine that was started from a checkpoint; one of one rank is in this process, which has imported vLLM."""
+    vllm = pytest.importorskip("vllm")
     captured = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}
-    llm = pytest.importorskip("vllm").LLM(
-        str(path),
-        skip_tokenizer_init=True,
-        quantization=mode,
-        tensor_parallel_size=ranks,
-        max_model_len=256,
-        max_num_seqs=2,
-        gpu_memory_utilization=0.06,
-        kv_cache_memory_bytes=2**28,
-        worker_extension_cls="gpu_extension.GpuExtension",
-        **({"compilation_config": captured} if graphs else {"enforce_eager": True}),
-    )
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        llm = vllm.LLM(
+            str(path),
+            skip_tokenizer_init=True,
+            quantization=mode,
+            tensor_parallel_size=ranks,
+            distributed_executor_backend="uni" if ranks == 1 else "mp",
+            max_model_len=256,
+            max_num_seqs=2,
+            gpu_memory_utilization=0.06,
+            kv_cache_memory_bytes=2**28,
+            worker_extension_cls="gpu_extension.GpuExtension",
+            **({"compilation_config": captured} if graphs else {"enforce_eager": True}),
+        )
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+        vllm.distributed.cleanup_dist_env_and_memory()
 
 
 def generated(llm: Any) -> list[list[dict[int, float]]]:
