@@ -302,11 +302,7 @@ class Life(RuleBasedStateMachine):
     @rule(number=seats)
     def a_process_opens_another_connection(self, number: int) -> None:
         """The one before broke; or it has closed it, but no daemon was there to be told."""
-        seat = self.pick(number, self.taken())
-        assert seat.client is not None
-        self.world.break_connection(seat.client)
-        self.world.see_broken()
-        self.world.employ(seat, seat.client.process)
+        self.world.reconnect(self.pick(number, self.taken()))
 
     @rule(seconds=st.sampled_from((0.5, 1.0, 3.0, 10.0, LEASE_S)), late=chance)
     def time_passes(self, seconds: float, late: bool) -> None:

@@ -106,11 +106,7 @@ def connect(world: World, seat: Seat) -> None:
 
 def open_another_connection(world: World, seat: Seat) -> None:
     """The process's connection breaks, the daemon sees it, and the process says hello by another one."""
-    assert seat.client is not None
-    process = seat.client.process
-    world.break_connection(seat.client)
-    world.see_broken()
-    world.employ(seat, process)
+    world.reconnect(seat)
     connect(world, seat)
 
 
@@ -546,3 +542,22 @@ def test_a_daemon_that_is_stopped_while_it_makes_memory_gives_it_back(world: Wor
     assert not world.segments()
     world.start_daemon()
     assert publish(world) == 1
+
+
+two_stages = pytest.mark.parametrize("world", [Plan(second_stage=True)], indirect=True)
+
+
+@two_stages
+def test_what_a_connection_held_stays_with_its_process_though_another_one_said_goodbye(world: World) -> None:
+    first, draft = next(iter(trainers(world))), trainers(world)[-1]
+    all_work(world, [first, draft], 2)
+    assert draft.seated
+    open_another_connection(world, first)
+    world.ask(first, wire.Bye())
+    assert heard(first) == "done"
+    world.employ(draft, world.machine.start(hidden=False, old_number=False))
+    world.employ(world.seats[-1], world.idle()[0])  # the process before has work to do
+    draft.heard = None
+    while draft.heard is None or heard(draft) not in ("rank_taken", "declared"):
+        work(world, draft)
+    assert heard(draft) == "rank_taken"

@@ -82,6 +82,7 @@ class World(Host):
         known: per stage what clients were told.
         held: requests that are under way, with where they come from.
         dropped: connections that are broken, which the daemon has yet to see.
+        forsaken: tokens of connections that broke, and whose processes live on and have opened others.
         crowded: the daemon has done several things at once: what one client was told, another may have undone already.
     """
 
@@ -94,6 +95,7 @@ class World(Host):
         self.known: dict[str, Known] = {}
         self.held: list[tuple[Peer, Asked]] = []
         self.dropped: list[tuple[bytes, Client]] = []
+        self.forsaken: set[bytes] = set()
         self.crowded = False
         self._unique = itertools.count(1)
         self.start_daemon()
@@ -235,6 +237,14 @@ class World(Host):
         if client.identity is not None:
             self.dropped.append((client.identity, client))
             self.disconnect(client)
+
+    def reconnect(self, seat: Seat) -> None:
+        """Its process opens another connection, for what the one before did, which broke: the daemon has seen that."""
+        assert seat.client is not None
+        self.break_connection(seat.client)
+        self.see_broken()
+        self.forsaken.add(seat.client.token)
+        self.employ(seat, seat.client.process)
 
     def ask(self, seat: Seat, message: wire.Request, fate: Fate = GOOD) -> None:
         """Send a request. Requests of one connection arrive in order."""
@@ -455,7 +465,8 @@ class World(Host):
             assert itself not in answer.what, answer
         if answer.code == "rank_taken":
             waiting = [session for session in self.up.sessions if session.expires is not None]
-            held = self.watch.ended or self.dropped or self.idle() or waiting
+            forsaken = [session for session in self.up.sessions if session.token in self.forsaken]
+            held = self.watch.ended or self.dropped or self.idle() or waiting or forsaken
             assert held or self.crowded, f"{seat}: nobody holds it: {answer}"
         if answer.code == "out_of_order":
             assert self._may_be_out_of_order(seat, message), f"{seat}: {message}: {answer}"
