@@ -206,7 +206,7 @@ def crowd_in(daemon: RunningDaemon) -> list[socket.socket]:
 
 def test_the_door_is_closed_while_descriptors_are_short(tmp_path: Path) -> None:
     """ZeroMQ would end the daemon when it cannot take one more connection."""
-    daemon = start(tmp_path / "run", wrapper=("sh", "-c", 'ulimit -n 4000; "$@"; exit $?', "sh"))
+    daemon = start(tmp_path / "run", wrapper=("sh", "-c", 'ulimit -n 1500; "$@"; exit $?', "sh"))
     for _ in range(3):
         crowd = crowd_in(daemon)
         assert daemon.process.poll() is None, daemon.log
