@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from stagingd_vllm.exactness import cell_amax
+from stagingd_vllm.exactness import Exactness, cell_amax
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.plan import PlanEntry
 from stagingd_vllm.quantize import quantize
@@ -20,19 +19,7 @@ from stagingd.boxes import Shape, whole
 from stagingd.moments import BLOCK
 
 
-@dataclass(frozen=True)
-class Compared:
-    """How many bytes and scales were compared, and how many were wrong."""
-
-    bytes: int = 0
-    scales: int = 0
-    wrong: int = 0
-
-    def __add__(self, other: Compared) -> Compared:
-        return Compared(self.bytes + other.bytes, self.scales + other.scales, self.wrong + other.wrong)
-
-
-def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callable[[str], torch.Tensor]) -> Compared:
+def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callable[[str], torch.Tensor]) -> Exactness:
     """A parameter against what the tensors say that fill it, each of them staged as a matrix or a vector.
 
     Args:
@@ -50,8 +37,8 @@ def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callab
         region = entry.region
         loaded.as_strided(region.shape, region.stride, region.offset).copy_(tensors[entry.tensor][entry.source.slices])
     if home.scheme is None:
-        return _compared(home.weight, loaded)
-    if home.scheme.live != "float8_e4m3fn":
+        return Exactness(bytes=home.weight.nbytes, differing_bytes=_differing(home.weight, loaded))
+    if home.scale is None or home.scheme.live != "float8_e4m3fn":
         raise BenchmarkFailed(f"{home.scheme.name} is not checked here", remedy="measure an FP8 mode")
     matrices = _padded(loaded, home).reshape(-1, *home.weight.shape[-2:])
     limits = _limits(home.scheme.granularity, matrices, shape, entries, tensors)
@@ -62,8 +49,12 @@ def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callab
             for matrix, scale in zip(matrices, scales, strict=True)
         ]
     )
-    found = _compared(home.scale, scales)
-    return _compared(home.weight, made) + Compared(scales=scales.numel(), wrong=found.wrong)
+    return Exactness(
+        home.weight.nbytes,
+        home.scale.numel(),
+        _differing(home.weight, made),
+        int((home.scale.view(-1) != scales.view(-1)).sum()),
+    )
 
 
 def _padded(loaded: torch.Tensor, home: Home) -> torch.Tensor:
@@ -95,7 +86,7 @@ def _limits(
     return limits if granularity is Granularity.CHANNEL else limits.amax(1, keepdim=True)
 
 
-def _compared(live: torch.Tensor | None, wanted: torch.Tensor) -> Compared:
-    assert live is not None
-    mine, theirs = (t.contiguous().view(-1).view(torch.uint8) for t in (live, wanted))
-    return Compared(mine.numel(), 0, int((mine != theirs).sum()))
+def _differing(live: torch.Tensor, wanted: torch.Tensor) -> int:
+    """How many bytes differ."""
+    mine, theirs = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (live, wanted))
+    return int((mine != theirs).sum())

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from stagingd_vllm.answers import Answer, answering
 from stagingd_vllm.attachment import Attachment
+from stagingd_vllm.exactness import Exactness
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker, attachment_of
 from stagingd_vllm.layouts import homes
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from benchmarks.read_check import Compared, compare
+from benchmarks.read_check import compare
 
 PINNED_BYTES = 2 * 2**30
 CHECKED = 24
@@ -50,12 +51,12 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         """Some parameters, of all bytes and scales, against the stage's tensors."""
         attachment = attachment_of(self)
         plan, live = attachment.receiver.plan, homes(self.get_model())
-        found = Compared()
+        found = Exactness()
         with attachment.reader.lease() as lease:
             for name in plan.parameters[:: -(-len(plan.parameters) // CHECKED)]:
                 entries = [entry for entry in plan.entries if entry.region.parameter == name]
                 found += compare(live[name], plan.shapes[name], entries, lease.read)
-        return dataclasses.asdict(found)
+        return dataclasses.asdict(found) | {"exact": found.exact}
 
     @answering
     def stagingd_reload(self: Worker, times: int) -> Answer:

@@ -52,7 +52,7 @@ def test_every_data_parallel_replica_is_an_engine_of_its_own() -> None:
 def test_a_worker_tells_which_tensors_its_models_loader_computes_with_and_why() -> None:
     computed = Computed("a_log", 8, ("a",), "the loader computes with staged tensor a_log: aten.exp.default")
     receiver = SimpleNamespace(plan=ReadPlan((), 16, computed=(computed,)))
-    told = Attachment(Place("e", 0, 1), SimpleNamespace(), receiver, torch.nn.Module()).summary()  # type: ignore[arg-type]
+    told = Attachment(Place("e", 0, 1), SimpleNamespace(), receiver).summary()  # type: ignore[arg-type]
     assert told["computed"] == {"a_log": computed.reason}
     assert told["bytes_per_update"] == 8
     assert "1 tensors by the model's own loader" in told["plan"]

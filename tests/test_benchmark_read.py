@@ -8,11 +8,12 @@ import pytest
 import torch
 from live_model import Parallel, tensors
 from private_stage import by_rows, private_stage
+from stagingd_vllm.exactness import Exactness
 from stagingd_vllm.layouts import homes
 from stagingd_vllm.receiver import Receiver
 
 from benchmarks.host_case import BenchmarkFailed
-from benchmarks.read_check import Compared, compare
+from benchmarks.read_check import compare
 from stagingd.boxes import whole
 
 
@@ -28,15 +29,15 @@ def test_a_wrong_byte_and_a_wrong_scale_are_found_in_every_parameter(scheme: str
             home = homes(worker.model)[name]
             entries = [entry for entry in worker.plan.entries if entry.region.parameter == name]
 
-            def found() -> Compared:
+            def found() -> Exactness:
                 return compare(home, tuple(home.weight.shape), entries, full.__getitem__)  # noqa: B023
 
-            assert found() == Compared(home.weight.nbytes, 0 if home.scale is None else home.scale.numel(), 0)
+            assert found() == Exactness(home.weight.nbytes, 0 if home.scale is None else home.scale.numel())
             home.weight.view(torch.uint8).view(-1)[-1] ^= 1
-            assert found().wrong == 1
+            assert found().differing_bytes == 1
             if home.scale is not None:
                 home.scale.view(-1)[0] += 1
-                assert found().wrong > 1
+                assert found().differing_scales == 1
 
 
 def test_a_scheme_that_it_cannot_check_is_refused() -> None:

@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,11 +40,11 @@ def told(
     return quantization_errors(worker.plan, homes(worker.model), stage.catalog, lease, rules)
 
 
-def one_matrix(scheme: str) -> tuple[torch.nn.Module, ReadPlan]:
+def one_matrix(scheme: str, rows: int = ROWS, columns: int = COLUMNS) -> tuple[torch.nn.Module, ReadPlan]:
     model = torch.nn.Module()
-    model.w = linear(scheme, ROWS, COLUMNS)
-    place = Region("w.weight", 0, (ROWS, COLUMNS), (COLUMNS, 1))
-    return model, ReadPlan((PlanEntry("w", "bfloat16", whole((ROWS, COLUMNS)), place),), 0)
+    model.w = linear(scheme, rows, columns)
+    place = Region("w.weight", 0, (rows, columns), (columns, 1))
+    return model, ReadPlan((PlanEntry("w", "bfloat16", whole((rows, columns)), place),), 0)
 
 
 def ones_and_a_giant() -> torch.Tensor:
@@ -53,7 +56,7 @@ def ones_and_a_giant() -> torch.Tensor:
 
 
 def errors_of(values: torch.Tensor, scheme: str, rules: Mapping[str, ScaleRule]) -> Errors:
-    model, plan = one_matrix(scheme)
+    model, plan = one_matrix(scheme, *values.shape)
     with private_stage({"w": values}) as stage:
         return quantization_errors(plan, homes(model), stage.catalog, stage.write(1, {"w": values}), rules)["w.weight"]
 
@@ -91,6 +94,22 @@ def test_values_that_are_not_finite_are_left_out() -> None:
     values[0, 0], values[1, 1] = torch.nan, -torch.inf
     found = errors_of(values, "fp8_per_tensor", {"amax": ScaleRule()})["amax"]
     assert (found.values, found.clipped, found.flushed, found.squared_error) == (254, 0, 253, 253.0)
+
+
+def heavy_tailed() -> torch.Tensor:
+    """1024 x 1024 values of Student's t with 4 degrees of freedom, times 0.02."""
+    generator = torch.Generator().manual_seed(1)
+    normal, *squares = torch.randn(5, 1024, 1024, generator=generator, dtype=torch.float64)
+    return (0.02 * normal / (sum(square**2 for square in squares) / 4).sqrt()).bfloat16()
+
+
+def test_the_readme_shows_what_is_told_of_a_matrix_with_heavy_tails() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = json.loads(re.search(r"\{\"sigma:6\".*?\}\}", readme, re.DOTALL)[0])
+    rules = {rule: ScaleRule.parse(rule) for rule in shown}
+    found = errors_of(heavy_tailed(), "fp8_per_tensor", rules)
+    for rule, figures in shown.items():
+        assert found[rule].figures() == pytest.approx(figures, rel=0.01)
 
 
 def spread_out(home: Home) -> torch.Tensor:
@@ -246,7 +265,7 @@ def test_a_worker_tells_of_the_version_that_it_holds_or_refuses(daemon: RunningD
     ):
         receiver = Receiver(model, plan, reader, ScaleRule(1.0))
         place = attachment.Place("e", 0, 1)
-        worker.stagingd_attachment = attachment.Attachment(place, reader, receiver, model, "sigma:1")
+        worker.stagingd_attachment = attachment.Attachment(place, reader, receiver, "sigma:1")
         assert "hold no version" in str(refused(worker.stagingd_quantization_error()))
         worker.stagingd_attachment.update(version=1)
         answer = worker.stagingd_quantization_error()

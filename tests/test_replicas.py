@@ -13,7 +13,7 @@ from stagingd_vllm.answers import Answer, answering, checked
 from stagingd_vllm.replicas import of_all_replicas
 from stagingd_vllm.versions import EngineNotSupported
 
-from stagingd.errors import OutOfOrder
+from stagingd.errors import DeadlineExceeded, OutOfOrder
 
 
 class Client:
@@ -26,6 +26,8 @@ class Client:
         self, utility: str, method: str, timeout: None, args: tuple[()], kwargs: dict[str, Any], *, engine: bytes
     ) -> list[Answer]:
         assert (utility, method, timeout, args) == ("collective_rpc", "stagingd_update", None, ())
+        if engine == b"hangs":
+            await asyncio.Event().wait()
         return [update(engine, rank, **kwargs) for rank in (0, 1)]
 
 
@@ -51,6 +53,12 @@ def test_every_worker_of_every_replica_is_heard_in_order() -> None:
 def test_what_the_second_replica_refuses_is_raised() -> None:
     with pytest.raises(OutOfOrder, match="sleeps"):
         checked(asked(b"a", b"asleep"))
+
+
+def test_a_replica_that_never_answers_is_waited_for_until_the_deadline() -> None:
+    engine = SimpleNamespace(engine_core=Client(b"a", b"hangs"))
+    with pytest.raises(DeadlineExceeded, match="one of 2 replicas"):
+        asyncio.run(of_all_replicas(engine, "stagingd_update", deadline_s=0.01, version=3))
 
 
 @pytest.mark.parametrize("llm", [SimpleNamespace(), SimpleNamespace(engine_core=SimpleNamespace(core_engines=[b"a"]))])

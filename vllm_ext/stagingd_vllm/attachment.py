@@ -19,7 +19,6 @@ from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.derived import refresh_derived
-from stagingd_vllm.layouts import homes
 from stagingd_vllm.plan import StagedTensor
 from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
@@ -91,14 +90,11 @@ class Place:
 class Attachment:
     """A worker's part in a stage. ``Attachment.to`` makes it, ``detach`` ends it."""
 
-    def __init__(
-        self, place: Place, reader: Reader, receiver: Receiver, model: torch.nn.Module, scale_rule: str = "amax"
-    ) -> None:
+    def __init__(self, place: Place, reader: Reader, receiver: Receiver, scale_rule: str = "amax") -> None:
         self.place = place
         self.reader = reader
         self.receiver = receiver
         self.scale_rule = scale_rule
-        self._model = model
         self._witness: torch.Tensor | None = None
 
     @classmethod
@@ -145,7 +141,7 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.pop_all()
-        return cls(place, reader, receiver, model, scale_rule)
+        return cls(place, reader, receiver, scale_rule)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -202,7 +198,7 @@ class Attachment:
             raise OutOfOrder(f"{error.what}, and the weights hold that one", remedy="update again, then ask") from error
         rules = {rule: ScaleRule.parse(rule) for rule in (self.scale_rule, "amax")}
         with lease:
-            found = quantization_errors(self.receiver.plan, homes(self._model), self.reader.catalog, lease, rules)
+            found = quantization_errors(self.receiver.plan, self.receiver.homes, self.reader.catalog, lease, rules)
         return {
             "version": version,
             "rank": self.place.rank,
@@ -215,8 +211,7 @@ class Attachment:
 
     def _look(self) -> torch.Tensor:
         """A sample of the bytes of the live weights, on their device: WITNESS_BYTES of each parameter at most."""
-        weights = self.receiver.weights
-        written = [weights[name] for name in sorted(weights)]
+        written = [home.weight for _, home in sorted(self.receiver.homes.items())]
         return torch.cat([_sample(weight) for weight in written[:: -(-len(written) // WITNESS_PARAMETERS)]])
 
     def summary(self) -> dict[str, Any]:

@@ -184,9 +184,9 @@ class Receiver:
         release()
 
     @property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The live memory of every parameter that is written, by its name."""
-        return {name: home.weight for name, home in self._live.items()}
+    def homes(self) -> Mapping[str, Home]:
+        """Where every parameter that is written lives, by its name."""
+        return self._live
 
     def check(self) -> None:
         """Raises LayoutChanged: a live parameter, or its scale, is not where it was, or not what it was."""
