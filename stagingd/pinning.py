@@ -8,6 +8,7 @@ worker registers its own mapping. Large registrations fail on current drivers, s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -70,3 +71,27 @@ def register(span: Span, call: Register, unregister: Callable[[int], object], ch
             )
         done.append(part)
     return done
+
+
+def released_with(owner: object, memory: object, release: Callable[[], None]) -> Callable[[], None]:
+    """Have a registration end with its owner at the latest, and its memory stay mapped until then.
+
+    Memory that is unmapped while it is registered leaves CUDA believing that whatever is mapped there next is still
+    registered: copies from there fail as invalid, or bring the bytes of before.
+
+    Args:
+        owner: who needs the registration; it may be forgotten without having been closed.
+        memory: what keeps the memory mapped.
+        release: takes the registration back; it must not refer to the owner.
+
+    Returns:
+        What takes it back at once; a second call does nothing. When the process ends, the driver does it.
+    """
+    ending = weakref.finalize(owner, _release, release, memory)
+    ending.atexit = False
+    return ending
+
+
+def _release(release: Callable[[], None], memory: object) -> None:
+    del memory  # it was kept until now
+    release()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ CASES = [
 PROMPTS = ([1, 5, 9, 7], list(range(20, 90)))
 
 
+@cache
+def weights(sizes: Sizes, version: int) -> dict[str, torch.Tensor]:
+    return dict(sizes.tensors(version, "cuda"))
+
+
 def save_checkpoint(folder: Path, sizes: Sizes, version: int) -> Path:
     path = folder / f"version-{version}"
     sizes.save_config(path)
-    save_file(dict(sizes.tensors(version, "cpu")), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights(sizes, version), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -92,7 +98,7 @@ def generated(llm: Any) -> list[list[dict[int, float]]]:
 def publish(stage: Stage, version: int, tensors: dict[str, torch.Tensor]) -> None:
     stage.begin(version)
     for name, tensor in tensors.items():
-        stage.put(name, tensor.cuda())
+        stage.put(name, tensor)
     stage.commit().wait()
 
 
@@ -102,25 +108,25 @@ def test_an_updated_engine_is_one_that_was_started_from_the_same_weights(
 ) -> None:
     sizes = MODELS[model]
     first, other = (save_checkpoint(tmp_path, sizes, version) for version in (1, 2))
-    weights = [dict(sizes.tensors(version, "cpu")) for version in (1, 2, 3)]
+    first_weights, other_weights, passing = (weights(sizes, version) for version in (1, 2, 3))
     with (
         engine_environment(tmp_path / "plugins"),
         Stage.open("policy", rank=0, ranks=1, socket=own_daemon.socket) as stage,
     ):
-        stage.declare({name: tensor.cuda() for name, tensor in weights[0].items()})
+        stage.declare(first_weights)
         with engine(first, mode, ranks, graphs) as llm:
             started, said = llm.collective_rpc("stagingd_weights"), generated(llm)
-            publish(stage, 1, weights[2])
+            publish(stage, 1, passing)
             arguments = {"stage": "policy", "socket": str(own_daemon.socket), "engine": "e"}
             checked(llm.collective_rpc("stagingd_attach", kwargs=arguments))
             checked(llm.collective_rpc("stagingd_update"))
             assert generated(llm) != said
-            publish(stage, 2, weights[0])
+            publish(stage, 2, first_weights)
             places = llm.collective_rpc("stagingd_addresses")
             checked(llm.collective_rpc("stagingd_update"))
             assert llm.collective_rpc("stagingd_weights") == started
             assert generated(llm) == said
-            publish(stage, 3, weights[1])
+            publish(stage, 3, other_weights)
             checked(llm.collective_rpc("stagingd_update"))
             assert llm.collective_rpc("stagingd_addresses") == places
             updated, says = llm.collective_rpc("stagingd_weights"), generated(llm)

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from dataclasses import dataclass, field
 
 import pytest
 
-from stagingd.pinning import RegistrationRefused, Span, register
+from stagingd.pinning import RegistrationRefused, Span, register, released_with
 
 
 @dataclass
@@ -41,3 +43,28 @@ def test_what_is_refused_is_given_back_whole_and_the_error_says_what_to_change()
     with pytest.raises(RegistrationRefused, match=says):
         register(Span(0, 1000), runtime.register, runtime.unregister, chunk=300)
     assert runtime.registered == {}
+
+
+class Owner:
+    """Needs a registration."""
+
+
+def test_an_owner_that_is_forgotten_takes_its_registration_along_before_the_memory_is_unmapped() -> None:
+    owner, mapping = Owner(), mmap.mmap(-1, 4096)
+    mapped = weakref.ref(mapping)
+    there: list[bool] = []
+    released_with(owner, memoryview(mapping), lambda: there.append(mapped() is not None))
+    del mapping
+    assert mapped() is not None
+    del owner
+    assert there == [True]
+    assert mapped() is None
+
+
+def test_a_registration_is_taken_back_once() -> None:
+    owner, taken = Owner(), list[str]()
+    release = released_with(owner, None, lambda: taken.append("back"))
+    release()
+    release()
+    del owner
+    assert taken == ["back"]

@@ -152,11 +152,9 @@ def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Cal
     Returns:
         The device, and what takes the registration back.
     """
+    slots = [torch.frombuffer(segment.slot(slot), dtype=torch.uint8) for slot in (0, 1)]
     with torch.cuda.device(device):
-        spans = []
-        for slot in (0, 1):
-            memory = torch.frombuffer(segment.slot(slot), dtype=torch.uint8)
-            spans += _registered(pinning.Span(memory.data_ptr(), memory.nbytes))
+        spans = [span for slot in slots for span in _registered(pinning.Span(slot.data_ptr(), slot.nbytes))]
         opened = CudaDevice(device, sorted(span.address for span in spans))
 
     def release() -> None:
@@ -164,7 +162,7 @@ def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Cal
             for span in spans:
                 _unregister(span.address)
 
-    return opened, release
+    return opened, pinning.released_with(opened, slots, release)
 
 
 def _registered(span: pinning.Span) -> list[pinning.Span]:

@@ -70,8 +70,10 @@ def carrier(moves: Sequence[Move], device: torch.device) -> Carrier:
     return DeviceCarrier(moves, device)
 
 
-def registered(slots: Sequence[torch.Tensor], device: torch.device) -> Callable[[], None]:
+def registered(slots: Sequence[torch.Tensor], device: torch.device, owner: object) -> Callable[[], None]:
     """Register both slots with a GPU, so that its kernels read them; does nothing on a CPU.
+
+    The registration ends with its owner at the latest, and keeps the slots mapped until then.
 
     Returns:
         What takes the registration back.
@@ -98,7 +100,7 @@ def registered(slots: Sequence[torch.Tensor], device: torch.device) -> Callable[
         except pinning.RegistrationRefused:
             release()
             raise
-    return release
+    return pinning.released_with(owner, list(slots), release)
 
 
 def _check_cuda(device: torch.device) -> None:

@@ -139,7 +139,7 @@ class Receiver:
         self._plain = carrier([move for move in recipe.moves if move.scales is None], self._device)
         self._quantized = carrier([move for move in recipe.moves if move.scales is not None], self._device)
         self._scales = LiveScales(recipe, self._device)
-        self._unregister: Callable[[], None] = registered(source.slots, self._device)
+        self._unregister: Callable[[], None] = registered(source.slots, self._device, self)
 
     @property
     def version(self) -> int | None:
