@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from stagingd_vllm.plan import PlanRefused
 from stagingd_vllm.scales import Granularity, ScaleRule
 
 Numbers = npt.NDArray[np.int64]
+SHORT: Final = 100
+"""Runs of fewer cells are gathered: to copy one by itself takes as long as to gather about so many."""
 
 
 @dataclass(frozen=True)
@@ -162,21 +165,22 @@ class Limits:
         self._rule = rule
         # Kept for this rule alone: of 22 million rows of experts they take half a gigabyte.
         self._all = Cells(scale, cell, count[order]) if rule.sigmas is not None else None
-        # Nearly all rows lie whole with one trainer rank, and follow each other as cells and as scales.
+        self._made = scale[starts]
         single = np.diff([*starts, len(scale)]) == 1
-        self._runs = list(_runs(cell[starts[single]], scale[starts[single]]))
+        self._single = _Single.of(cell[starts[single]], scale[starts[single]])
         self._several = _Several.of(cell, scale, starts, single)
 
     def of(self, stored: StoredMoments) -> npt.NDArray[np.float32]:
         """The limits of one version, given the moments of its slot: float32, one per scale."""
         limits = np.zeros(self._scales, np.float32)
         if self._all is None:
-            for cell, scale, length in self._runs:
+            for cell, scale, length in self._single.runs:
                 limits[scale : scale + length] = stored.amax[cell : cell + length]
+            limits[self._single.scale] = stored.amax[self._single.cell]
             if len(self._several.cell):
                 limits[self._several.scale] = np.maximum.reduceat(stored.amax[self._several.cell], self._several.starts)
         elif len(self._all.cell):
-            limits[np.unique(self._all.scale)] = self._rule.limits(_merged(self._all, stored)).numpy()
+            limits[self._made] = self._rule.limits(_merged(self._all, stored)).numpy()
         return limits
 
 
@@ -191,7 +195,7 @@ def _merged(cells: Cells, stored: StoredMoments) -> Moments:
         stored.amax[cells.cell],
         nonfinite,
     )
-    while len(np.unique(scale)) < len(scale):
+    while (np.diff(scale) == 0).any():
         starts = np.flatnonzero(np.diff(scale, prepend=-1))
         rank = np.arange(len(scale)) - np.repeat(starts, np.diff([*starts, len(scale)]))
         first = np.flatnonzero(rank % 2 == 0)
@@ -202,6 +206,27 @@ def _merged(cells: Cells, stored: StoredMoments) -> Moments:
             mine[paired] = theirs
         found, scale = kept, scale[first]
     return found
+
+
+@dataclass(frozen=True)
+class _Single:
+    """Scales that are made of one cell each.
+
+    Nearly all rows lie whole with one trainer rank, and follow each other as cells and as scales, in runs (first cell,
+    first scale, length). Of blocks that tensor parallelism cuts there are as many runs as rows of blocks: one gather
+    of them all, ``scale[i]`` from ``cell[i]``, takes a tenth of the time.
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    scale: Numbers
+    cell: Numbers
+
+    @classmethod
+    def of(cls, cell: Numbers, scale: Numbers) -> _Single:
+        runs = np.array(list(_runs(cell, scale)), np.int64).reshape(-1, 3)
+        long = runs[:, 2] >= SHORT
+        gathered = np.repeat(~long, runs[:, 2])
+        return cls(tuple(map(tuple, runs[long].tolist())), scale[gathered], cell[gathered])
 
 
 @dataclass(frozen=True)

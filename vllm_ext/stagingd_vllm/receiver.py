@@ -16,12 +16,12 @@ import torch
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
-from stagingd_vllm.carriers import carrier, registered
+from stagingd_vllm.carriers import Carrier, carrier, registered
 from stagingd_vllm.computed import Loading, OwnLoader
 from stagingd_vllm.layouts import Home, LayoutUnknown, homes
 from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.plan import ReadPlan, Region
-from stagingd_vllm.recipe import make_recipe
+from stagingd_vllm.recipe import in_parts, make_recipe
 from stagingd_vllm.scales import ScaleRule
 
 
@@ -75,6 +75,15 @@ class Fingerprint:
         """The fingerprint of a tensor as it is now."""
         return cls(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.data_ptr())
 
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether it is this tensor's."""
+        return (
+            tensor.data_ptr() == self.address
+            and tensor.shape == self.shape
+            and tensor.stride() == self.stride
+            and tensor.dtype is self.dtype
+        )
+
     def __str__(self) -> str:
         return f"{self.dtype} {self.shape} with strides {self.stride} at {self.address:#x}"
 
@@ -87,6 +96,14 @@ class UpdateReport:
     entries: int
     bytes_read: int
     seconds_read: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the live parameters: their scales, and who writes their weights."""
+
+    scales: LiveScales
+    weights: Carrier
 
 
 class Receiver:
@@ -135,10 +152,11 @@ class Receiver:
         ]
         self._device = _device_of(live)
         self._own_loader = OwnLoader(plan, found, loading, source.catalog)
-        recipe = make_recipe(plan, live, source.catalog, rule or ScaleRule())
-        self._plain = carrier([move for move in recipe.moves if move.scales is None], self._device)
-        self._quantized = carrier([move for move in recipe.moves if move.scales is not None], self._device)
-        self._scales = LiveScales(recipe, self._device)
+        self._parts = []
+        for part in in_parts(plan, live):
+            recipe = make_recipe(part, live, source.catalog, rule or ScaleRule())
+            self._parts.append(Part(LiveScales(recipe, self._device), carrier(recipe.moves, self._device)))
+        self._bytes = plan.bytes_per_update
         self._unregister: Callable[[], None] = registered(source.slots, self._device, self)
 
     @property
@@ -162,10 +180,9 @@ class Receiver:
             self.check()
             self._version = None
             try:
-                # What has no scale crosses while the host works scales out.
-                self._plain.carry(lease.slot)
-                self._scales.set(lease.slot, lease.stored)
-                self._quantized.carry(lease.slot)
+                for part in self._parts:
+                    part.scales.set(lease.slot, lease.stored)
+                    part.weights.carry(lease.slot)
                 self._own_loader.load(lease.slot)
                 self._refresh()
             finally:
@@ -175,7 +192,7 @@ class Receiver:
         # Only now: a lease that was lost says so when it is released.
         self._version = lease.version
         seconds = time.perf_counter() - started
-        return UpdateReport(lease.version, len(self.plan.entries), self.plan.bytes_per_update, seconds)
+        return UpdateReport(lease.version, len(self.plan.entries), self._bytes, seconds)
 
     def close(self) -> None:
         """Let the stage's memory go. May be called twice."""
@@ -192,9 +209,9 @@ class Receiver:
         """Raises LayoutChanged: a live parameter, or its scale, is not where it was, or not what it was."""
         for name, module, attribute, expected in self._places:
             live = _attribute(module, attribute)
-            found = Fingerprint.of(live) if isinstance(live, torch.Tensor) else None
-            if found != expected:
-                raise _changed(name, f"was {expected} and is {found or 'gone'}")
+            if not isinstance(live, torch.Tensor) or not expected.is_of(live):
+                found = Fingerprint.of(live) if isinstance(live, torch.Tensor) else "gone"
+                raise _changed(name, f"was {expected} and is {found}")
 
 
 def _attribute(owner: object, path: str) -> object:

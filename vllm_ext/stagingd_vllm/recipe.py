@@ -21,6 +21,9 @@ from stagingd_vllm.schemes import Scheme
 QUANTIZED_FROM = frozenset({"bfloat16", "float16"})
 """What is quantized as it is staged; the engine would round anything else to its own dtype before."""
 
+PARTS = 8
+"""The scales of the first part are worked out before its bytes cross, those of the others meanwhile."""
+
 _CELL = {Granularity.TENSOR: (0, 0), Granularity.CHANNEL: (1, 0), Granularity.BLOCK: (128, 128)}
 
 
@@ -62,6 +65,32 @@ class Recipe:
     peaks: tuple[Move, ...]
     limits: Limits
     spans: tuple[ScaleSpan, ...]
+
+
+def in_parts(plan: ReadPlan, homes: Mapping[str, Home], parts: int = PARTS) -> Iterator[ReadPlan]:
+    """A plan's reads, cut into plans of whole parameters of about equal bytes; first one of all that has no scale.
+
+    Args:
+        plan: what is read in boxes.
+        homes: where its parameters live.
+        parts: how many there shall be of what has scales, at most.
+    """
+    plain = [entry for entry in plan.entries if homes[entry.region.parameter].scheme is None]
+    if plain:
+        yield replace(plan, entries=tuple(plain))
+    quantized: dict[str, list[PlanEntry]] = {}
+    for entry in plan.entries:
+        if homes[entry.region.parameter].scheme is not None:
+            quantized.setdefault(entry.region.parameter, []).append(entry)
+    size = sum(entry.bytes for entries in quantized.values() for entry in entries)
+    part: list[PlanEntry] = []
+    passed = number = 0
+    for entries in quantized.values():
+        part += entries
+        passed += sum(entry.bytes for entry in entries)
+        if passed * parts >= (number + 1) * size:
+            yield replace(plan, entries=tuple(part))
+            part, number = [], passed * parts // size
 
 
 def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog, rule: ScaleRule) -> Recipe:
