@@ -134,7 +134,7 @@ def read(
     """Measure how versions get into the live weights of vLLM engines on this machine."""
     models, modes, sizes = model or ["8B"], mode or ["fp8_per_tensor"], tensor_parallel or [1]
     console = Console(width=140)
-    around = surroundings(models=models, modes=modes, tensor_parallel=sizes, updates=updates)
+    around = surroundings(models=models, modes=modes, tensor_parallel=sizes, updates=updates, reloads=reloads)
     found: list[Row] = []
     prefix = f"/stagingd-bench-{os.getpid()}-"
     with ExitStack() as cleanup:

@@ -22,7 +22,7 @@ import psutil
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "torchtitan", "numpy", "pyzmq", "stagingd")
+PACKAGES = ("torch", "triton", "torchtitan", "vllm", "numpy", "pyzmq", "stagingd")
 GIT_S = 10.0
 """The longest that git may take, in seconds."""
 
