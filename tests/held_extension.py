@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ class HeldExtension(TellingExtension):
 
     def stagingd_hold(self: Worker, gate: str) -> None:
         """The next update is never done; ``gate`` is a named pipe."""
-        receiver = attachment_of(self).receiver
-        assert isinstance(receiver._quantized, HostCarrier)
-        receiver._quantized = Held(receiver._quantized, gate)
+        parts = attachment_of(self).receiver._writer._parts
+        middle = len(parts) // 2
+        assert isinstance(parts[middle].weights, HostCarrier)
+        parts[middle] = replace(parts[middle], weights=Held(parts[middle].weights, gate))

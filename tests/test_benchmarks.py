@@ -76,7 +76,7 @@ def test_host_figures_are_finite_and_positive(found: dict[str, Any]) -> None:
 def test_host_says_what_was_measured_and_where(found: dict[str, Any]) -> None:
     assert found["benchmark"] == "host"
     assert found["machine"] == "a-test"
-    assert set(found["versions"]) == {"python", "torch", "triton", "torchtitan", "numpy", "pyzmq", "stagingd"}
+    assert set(found["versions"]) == {"python", "torch", "triton", "torchtitan", "vllm", "numpy", "pyzmq", "stagingd"}
     assert found["commit"]
     assert found["settings"] == {"sizes_mib": [1], "writers": [1, 2], "repetitions": 1}
 

@@ -8,8 +8,10 @@ Both ways into vLLM (``extension.py`` and ``engine.py``) are thin shims over it;
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,17 +21,26 @@ from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.derived import refresh_derived
+from stagingd_vllm.outcomes import PEERS_S, together
+from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.plan import StagedTensor
+from stagingd_vllm.prefetcher import Prefetcher
 from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
-from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
+from stagingd_vllm.receiver import LayoutChanged, LeasedVersion, Receiver, UpdateReport
 from stagingd_vllm.scales import ScaleRule
+from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
 from stagingd_vllm.versions import EngineNotSupported
 
 WITNESS_PARAMETERS = 64
 WITNESS_BYTES = 256
 """So many bytes of so many parameters, spread evenly, stand for the weights when they are looked at again."""
+READ_S = 30.0
+"""The longest that a version which is being read may take to end when its worker leaves, in seconds."""
+NOT_ASKED_FOR = NoRoomForShadow("no memory is allowed for prefetching", remedy="attach with prefetch_gib")
+
+logger = logging.getLogger(__name__)
 
 
 class Group(Protocol):
@@ -87,14 +98,48 @@ class Place:
         return place
 
 
-class Attachment:
-    """A worker's part in a stage. ``Attachment.to`` makes it, ``detach`` ends it."""
+def groups_of(parallel: ParallelConfig) -> Sequence[Voters]:
+    """The groups of this worker whose product is the engine; none for an engine of one worker."""
+    return () if parallel.world_size == 1 else (get_tp_group(), get_pcp_group(), get_pp_group())
 
-    def __init__(self, place: Place, reader: Reader, receiver: Receiver, scale_rule: str = "amax") -> None:
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """One version made live: bytes copied, and the seconds that the worker spent on starting it."""
+
+    version: int
+    bytes_copied: int
+    seconds: float
+
+
+class Attachment:
+    """A worker's part in a stage. ``Attachment.to`` makes it, ``detach`` ends it.
+
+    Args:
+        place: the worker's.
+        reader: it reads the stage.
+        receiver: it writes the live weights.
+        scale_rule: how scales follow from moments.
+        shadow: what versions are prefetched into, or why there is none.
+        groups: their product is the engine.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        reader: Reader,
+        receiver: Receiver,
+        scale_rule: str = "amax",
+        shadow: Shadow | NoRoomForShadow = NOT_ASKED_FOR,
+        groups: Sequence[Voters] = (),
+    ) -> None:
         self.place = place
         self.reader = reader
         self.receiver = receiver
         self.scale_rule = scale_rule
+        self._shadow = shadow
+        self._prefetcher = Prefetcher(reader, self._write_to_shadow)
+        self._groups = groups
         self._witness: torch.Tensor | None = None
 
     @classmethod
@@ -107,6 +152,7 @@ class Attachment:
         socket: str | None = None,
         engine: str = "engine",
         scale_rule: str = "amax",
+        prefetch_gib: float = 0.0,
         timeout_s: float = 60.0,
     ) -> Attachment:
         """Joins a stage, and derives which part of it this worker reads.
@@ -120,6 +166,8 @@ class Attachment:
                 their number to it.
             scale_rule: how scales follow from moments: "amax" as the engine itself, or "sigma:k" to clip at
                 |mean| + k standard deviations.
+            prefetch_gib: memory on the worker's device that prefetching may take, in GiB: as much as the weights do.
+                Where that is not enough, versions are read in place; a line in the log says what that costs.
             timeout_s: seconds to wait for the stage to be declared.
 
         Raises:
@@ -140,8 +188,10 @@ class Attachment:
             aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
+            undo.callback(receiver.close)
+            shadow = _shadow(receiver, reader, rule, prefetch_gib)
             undo.pop_all()
-        return cls(place, reader, receiver, scale_rule)
+        return cls(place, reader, receiver, scale_rule, shadow, groups_of(vllm_config.parallel_config))
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -151,17 +201,72 @@ class Attachment:
         Nobody may compute with the weights meanwhile.
 
         Raises:
-            OutOfOrder: the engine sleeps: its weights have no memory.
+            OutOfOrder: the engine sleeps: its weights have no memory; or a version is being prefetched.
             DeadlineExceeded: no such version within ``timeout_s`` seconds.
             LayoutChanged: a live parameter is not where it was; nothing was written.
             LoaderFailed: the model's own loader did not take what only it can take.
             LeaseLost: the weights may be a mixture of two versions; update again before generating.
         """
         refuse_asleep(weights_asleep(_allocators()))
+        self._prefetcher.refuse_while_reading()
         lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
         report = self.receiver.apply(lease)
         self._witness = self._look()
         return report
+
+    def prefetch(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> None:
+        """Begins to read a version beside the engine, and returns: the newest, or as ``update`` chooses.
+
+        Raises:
+            NoRoomForShadow: versions are read in place here; why.
+            OutOfOrder: one is being prefetched.
+        """
+        self._require_shadow()
+        self._prefetcher.start(version=version, newer_than=newer_than, timeout_s=timeout_s)
+
+    def prefetched(self) -> int | None:
+        """The version that can be swapped in; None while it is read, and when none was asked for.
+
+        Raises:
+            StagingError: what kept it from being read; the live weights are as they were.
+        """
+        return self._prefetcher.version()
+
+    def swap(self, *, version: int | None, timeout_s: float = 0.0) -> SwapReport:
+        """Makes live what was prefetched: on all workers of the engine, or on none.
+
+        To be called on all of them between the same two steps.
+
+        Args:
+            version: which one has been prefetched.
+            timeout_s: seconds to wait for what is still being read.
+
+        Raises:
+            RefusedByAll: a worker does not have it, its layout changed, or it sleeps; nothing was written on any.
+        """
+        started = time.perf_counter()
+        with together(self._groups, timeout_s + PEERS_S):
+            refuse_asleep(weights_asleep(_allocators()))
+            shadow = self._require_shadow()
+            there = self._prefetcher.version(timeout_s)
+            if version is None or there != version:
+                raise OutOfOrder(
+                    f"version {version} is to be swapped in, and {there or 'none'} has been prefetched",
+                    remedy="call stagingd_prefetch, and swap in what stagingd_prefetched gives on all workers",
+                )
+            self.receiver.check()
+        self.receiver.take(shadow, there)
+        self._prefetcher.forget()
+        self._witness = self._look()
+        return SwapReport(there, shadow.bytes, time.perf_counter() - started)
+
+    def _require_shadow(self) -> Shadow:
+        if isinstance(self._shadow, NoRoomForShadow):
+            raise NoRoomForShadow(self._shadow.what, remedy=self._shadow.remedy)
+        return self._shadow
+
+    def _write_to_shadow(self, lease: LeasedVersion) -> None:
+        self._require_shadow().write(lease.slot, lease.stored)
 
     @property
     def version(self) -> int | None:
@@ -185,10 +290,12 @@ class Attachment:
         Of the worker's own slice; the weights are not written. See ``StagingdWorkerExtension``.
 
         Raises:
-            OutOfOrder: the weights hold no version of the stage, or one that the stage has replaced since.
+            OutOfOrder: the weights hold no version of the stage, or one that the stage has replaced since; or a version
+                is being prefetched.
             DeadlineExceeded: no lease within ``timeout_s`` seconds.
             LeaseLost: looking took longer than a lease lasts.
         """
+        self._prefetcher.refuse_while_reading()
         version = self.version
         if version is None:
             raise OutOfOrder("the weights hold no version of the stage", remedy="call stagingd_update first")
@@ -217,10 +324,13 @@ class Attachment:
     def summary(self) -> dict[str, Any]:
         """The worker's place, and what every update reads: numbers, strings, and lists and maps of strings."""
         plan = self.receiver.plan
+        in_place = self._shadow if isinstance(self._shadow, NoRoomForShadow) else None
         return {
             "rank": self.place.rank,
             "ranks": self.place.ranks,
             "engine": self.place.engine,
+            "mode": "in_place" if in_place else "prefetch",
+            "in_place_because": str(in_place or ""),
             "tensors": len(plan.tensors),
             "entries": len(plan.entries),
             "bytes_per_update": plan.bytes_per_update,
@@ -231,9 +341,25 @@ class Attachment:
         }
 
     def detach(self) -> None:
-        """Leaves the stage; the weights stay as they are. May be called twice."""
+        """Leaves the stage; the weights stay as they are. May be called twice.
+
+        Raises:
+            DeadlineExceeded: a version is being prefetched, and does not end.
+        """
+        self._prefetcher.close(READ_S)
         self.receiver.close()
         self.reader.close()
+
+
+def _shadow(receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float) -> Shadow | NoRoomForShadow:
+    if prefetch_gib <= 0:
+        return NOT_ASKED_FOR
+    plan, homes, device = receiver.plan, receiver.homes, receiver.device
+    try:
+        return Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB)
+    except NoRoomForShadow as refused:
+        logger.warning("%s", refused)
+        return refused
 
 
 def _refresh(model: torch.nn.Module, vllm_config: VllmConfig) -> None:

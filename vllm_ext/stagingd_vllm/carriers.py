@@ -41,9 +41,10 @@ class HostCarrier:
 class DeviceCarrier:
     """Moves by a kernel that reads the slot where it lies: its memory has to be registered (``registered``)."""
 
-    def __init__(self, moves: Sequence[Move], device: torch.device) -> None:
-        from stagingd_vllm.gpu_moves import MovesOnGpu
+    def __init__(self, moves: Sequence[Move], device: torch.device, *, beside: bool = False) -> None:
+        from stagingd_vllm.gpu_moves import PROGRAMS, PROGRAMS_BESIDE, MovesOnGpu
 
+        self._programs = PROGRAMS_BESIDE if beside else PROGRAMS
         self._moves = MovesOnGpu(table(moves), device)
         self._end = max((move.source_end for move in moves), default=0)
 
@@ -54,11 +55,16 @@ class DeviceCarrier:
                 f"moves reach to byte {self._end} of a slot of {slot.numel()}",
                 remedy="detach from the stage and attach again",
             )
-        self._moves.run(slot.data_ptr())
+        self._moves.run(slot.data_ptr(), self._programs)
 
 
-def carrier(moves: Sequence[Move], device: torch.device) -> Carrier:
+def carrier(moves: Sequence[Move], device: torch.device, *, beside: bool = False) -> Carrier:
     """Who carries moves to a device.
+
+    Args:
+        moves: what is carried.
+        device: where to.
+        beside: whether the device computes meanwhile, and is to be disturbed least.
 
     Raises:
         DeviceUnusable: live weights on such a device cannot be written.
@@ -67,7 +73,7 @@ def carrier(moves: Sequence[Move], device: torch.device) -> Carrier:
     if device.type == "cpu":
         return HostCarrier(moves)
     _check_cuda(device)
-    return DeviceCarrier(moves, device)
+    return DeviceCarrier(moves, device, beside=beside)
 
 
 def registered(slots: Sequence[torch.Tensor], device: torch.device, owner: object) -> Callable[[], None]:

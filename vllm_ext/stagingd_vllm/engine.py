@@ -35,11 +35,10 @@ from typing import Any
 import torch
 import vllm
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_group
 
 from stagingd.errors import OutOfOrder
-from stagingd_vllm.attachment import Attachment
-from stagingd_vllm.outcomes import RefusedByAll, refuse_once, together
+from stagingd_vllm.attachment import Attachment, groups_of
+from stagingd_vllm.outcomes import PEERS_S, RefusedByAll, refuse_once, together
 from stagingd_vllm.versions import EngineNotSupported, check_base
 
 try:
@@ -56,9 +55,6 @@ except ImportError as error:
 
 check_base(WeightTransferEngine, vllm.__version__)
 
-PEERS_S = 60.0
-"""How long to wait for the other workers beyond the time that each may wait for a version, in seconds."""
-
 
 @dataclasses.dataclass
 class StagingdInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
@@ -68,13 +64,19 @@ class StagingdInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     socket: str | None = None
     engine: str = "engine"
     scale_rule: str = "amax"
+    prefetch_gib: float = 0.0
     timeout_s: float = 60.0
 
 
 @dataclasses.dataclass
 class StagingdUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Which version to apply: the arguments of ``Attachment.update``."""
+    """Which version to apply, and how: the arguments of the method of ``Attachment`` that ``action`` names.
 
+    "update" reads it in place. "prefetch" only begins to read it, beside the engine, and "swap" makes live what was
+    prefetched, in a session of its own; it waits up to ``timeout_s`` seconds for what is still being read.
+    """
+
+    action: str = "update"
     version: int | None = None
     newer_than: int | None = None
     timeout_s: float = 60.0
@@ -109,7 +111,10 @@ class StagingdEngine(WeightTransferEngine[StagingdInitInfo, StagingdUpdateInfo])
         """
         self.shutdown()
         try:
-            with together(self._groups(), init_info.timeout_s + PEERS_S), set_current_vllm_config(self.vllm_config):
+            with (
+                together(groups_of(self.parallel_config), init_info.timeout_s + PEERS_S),
+                set_current_vllm_config(self.vllm_config),
+            ):
                 self._attachment = Attachment.to(
                     model=self.model, vllm_config=self.vllm_config, **dataclasses.asdict(init_info)
                 )
@@ -129,9 +134,9 @@ class StagingdEngine(WeightTransferEngine[StagingdInitInfo, StagingdUpdateInfo])
         """
         timeout_s = update_info.get("timeout_s")
         waits_s = timeout_s if isinstance(timeout_s, int | float) else StagingdUpdateInfo.timeout_s
-        with together(self._groups(), waits_s + PEERS_S):
+        with together(groups_of(self.parallel_config), waits_s + PEERS_S):
             self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():
+        if torch.accelerator.is_available() and update_info.get("action") != "prefetch":
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: StagingdUpdateInfo) -> None:
@@ -143,7 +148,16 @@ class StagingdEngine(WeightTransferEngine[StagingdInitInfo, StagingdUpdateInfo])
         """
         if self._attachment is None:
             raise OutOfOrder("this engine is attached to no stage", remedy="call init_weight_transfer_engine first")
-        self._attachment.update(**dataclasses.asdict(update_info))
+        arguments = dataclasses.asdict(update_info)
+        match arguments.pop("action"):
+            case "update":
+                self._attachment.update(**arguments)
+            case "prefetch":
+                self._attachment.prefetch(**arguments)
+            case "swap":
+                self._attachment.swap(version=update_info.version, timeout_s=update_info.timeout_s)
+            case other:
+                raise OutOfOrder(f"{other!r} is no action", remedy='use "update", "prefetch" or "swap"')
 
     def finish_weight_update(self) -> None:
         """Nothing is left to do: the version is live since ``update_weights``."""
@@ -159,12 +173,6 @@ class StagingdEngine(WeightTransferEngine[StagingdInitInfo, StagingdUpdateInfo])
         """Refused: trainers write to a stage, not to an engine. Abstract in vLLM 0.26."""
         del iterator, trainer_args
         raise OutOfOrder("an engine does not send weights", remedy="publish them with stagingd_client.Stage")
-
-    def _groups(self) -> tuple[Any, ...]:
-        """The groups whose product is the engine."""
-        if self.parallel_config.world_size == 1:
-            return ()
-        return get_tp_group(), get_pcp_group(), get_pp_group()
 
 
 def _is_ours(worker: Any) -> bool:

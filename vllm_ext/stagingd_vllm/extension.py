@@ -49,6 +49,7 @@ class StagingdWorkerExtension:
         socket: str | None = None,
         engine: str = "engine",
         scale_rule: str = "amax",
+        prefetch_gib: float = 0.0,
         timeout_s: float = 60.0,
     ) -> Answer:
         """Joins a stage, and derives which part of it this worker reads.
@@ -59,10 +60,12 @@ class StagingdWorkerExtension:
             engine: what this engine is called; its workers change versions together.
             scale_rule: how scales follow from moments: "amax" as the engine itself, or "sigma:k" to clip at
                 |mean| + k standard deviations.
+            prefetch_gib: memory on the worker's device that prefetching may take, in GiB: as much as the weights do.
             timeout_s: seconds to wait for the stage to be declared.
 
         Returns:
-            rank, ranks, engine, tensors, entries, bytes_per_update, bytes_of_stage and a readable plan.
+            rank, ranks, engine, mode ("prefetch", or "in_place" and why), tensors, entries, bytes_per_update,
+            bytes_of_stage and a readable plan.
 
         Raises:
             OutOfOrder: already attached.
@@ -80,6 +83,7 @@ class StagingdWorkerExtension:
             socket=socket,
             engine=engine,
             scale_rule=scale_rule,
+            prefetch_gib=prefetch_gib,
             timeout_s=timeout_s,
         )
         return self.stagingd_attachment.summary()
@@ -97,7 +101,7 @@ class StagingdWorkerExtension:
             version, entries, bytes_read, and milliseconds spent on reading.
 
         Raises:
-            OutOfOrder: not attached, or the engine sleeps.
+            OutOfOrder: not attached, the engine sleeps, or a version is being prefetched.
             DeadlineExceeded: no such version within ``timeout_s`` seconds.
             LayoutChanged: a live parameter is not where it was; nothing was written.
             LeaseLost: the weights may be a mixture of two versions; update again before generating.
@@ -109,6 +113,52 @@ class StagingdWorkerExtension:
             "bytes_read": report.bytes_read,
             "milliseconds": report.seconds_read * 1e3,
         }
+
+    @answering
+    def stagingd_prefetch(
+        self: Worker, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
+    ) -> Answer:
+        """Begins to read a version into memory beside the weights, and returns: the engine goes on generating.
+
+        Which one is chosen as in ``stagingd_update``. To be followed by ``stagingd_prefetched`` and ``stagingd_swap``.
+
+        Raises:
+            OutOfOrder: not attached, or a version is being prefetched.
+            NoRoomForShadow: versions are read in place here; why.
+        """
+        attachment_of(self).prefetch(version=version, newer_than=newer_than, timeout_s=timeout_s)
+        return {}
+
+    @answering
+    def stagingd_prefetched(self: Worker) -> Answer:
+        """Whether a version has been prefetched.
+
+        Returns:
+            version: which one can be swapped in; None while it is waited for or read, and when none was asked for.
+
+        Raises:
+            StagingError: what kept it from being read; the live weights are as they were.
+        """
+        return {"version": attachment_of(self).prefetched()}
+
+    @answering
+    def stagingd_swap(self: Worker, version: int, timeout_s: float = 0.0) -> Answer:
+        """Makes live what was prefetched: by one copy inside the device, on all workers or on none.
+
+        The engine still has the keys and values that the weights before made of prompts, as after ``stagingd_update``.
+
+        Args:
+            version: which one has been prefetched.
+            timeout_s: seconds to wait for what is still being read; the engine does not generate meanwhile.
+
+        Returns:
+            version, bytes_copied, and the milliseconds that this worker was busy.
+
+        Raises:
+            RefusedByAll: a worker does not have it, its layout changed, or it sleeps; nothing was written on any.
+        """
+        report = attachment_of(self).swap(version=version, timeout_s=timeout_s)
+        return {"version": report.version, "bytes_copied": report.bytes_copied, "milliseconds": report.seconds * 1e3}
 
     @answering
     def stagingd_quantization_error(self: Worker, timeout_s: float = 60.0) -> Answer:

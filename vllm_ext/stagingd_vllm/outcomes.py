@@ -23,6 +23,8 @@ import torch.distributed as dist
 
 from stagingd.errors import DeadlineExceeded, StagingError
 
+PEERS_S = 60.0
+"""How long to wait for the other workers beyond the time that each may take by itself, in seconds."""
 _TEXT_BYTES = 4096
 _SESSION_BEFORE = {"start_weight_update": False, "update_weights": True, "finish_weight_update": True}
 _CALLS = ("init_weight_transfer_engine", "start_draft_weight_update", *_SESSION_BEFORE)

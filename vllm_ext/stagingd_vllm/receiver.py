@@ -16,13 +16,13 @@ import torch
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
-from stagingd_vllm.carriers import Carrier, carrier, registered
+from stagingd_vllm.carriers import registered
 from stagingd_vllm.computed import Loading, OwnLoader
 from stagingd_vllm.layouts import Home, LayoutUnknown, homes
-from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.plan import ReadPlan, Region
-from stagingd_vllm.recipe import in_parts, make_recipe
 from stagingd_vllm.scales import ScaleRule
+from stagingd_vllm.shadow import Shadow
+from stagingd_vllm.writer import Writer
 
 
 class LayoutChanged(StagingError):
@@ -98,14 +98,6 @@ class UpdateReport:
     seconds_read: float
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some of the live parameters: their scales, and who writes their weights."""
-
-    scales: LiveScales
-    weights: Carrier
-
-
 class Receiver:
     """Keeps the live weights of one worker up to date with a stage.
 
@@ -150,14 +142,11 @@ class Receiver:
             for name, home in live.items()
             for number, (module, attribute) in enumerate(home.places)
         ]
-        self._device = _device_of(live)
+        self.device = _device_of(live)
         self._own_loader = OwnLoader(plan, found, loading, source.catalog)
-        self._parts = []
-        for part in in_parts(plan, live):
-            recipe = make_recipe(part, live, source.catalog, rule or ScaleRule())
-            self._parts.append(Part(LiveScales(recipe, self._device), carrier(recipe.moves, self._device)))
+        self._writer = Writer(plan, live, source.catalog, rule or ScaleRule(), self.device)
         self._bytes = plan.bytes_per_update
-        self._unregister: Callable[[], None] = registered(source.slots, self._device, self)
+        self._unregister: Callable[[], None] = registered(source.slots, self.device, self)
 
     @property
     def version(self) -> int | None:
@@ -180,19 +169,33 @@ class Receiver:
             self.check()
             self._version = None
             try:
-                for part in self._parts:
-                    part.scales.set(lease.slot, lease.stored)
-                    part.weights.carry(lease.slot)
+                self._writer.write(lease.slot, lease.stored)
                 self._own_loader.load(lease.slot)
                 self._refresh()
             finally:
                 # Whatever failed: a slot is not given back while the device still reads it.
-                if self._device.type == "cuda":
-                    torch.cuda.current_stream(self._device).synchronize()
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
         # Only now: a lease that was lost says so when it is released.
         self._version = lease.version
         seconds = time.perf_counter() - started
         return UpdateReport(lease.version, len(self.plan.entries), self._bytes, seconds)
+
+    def take(self, shadow: Shadow, version: int) -> None:
+        """Copies a version over the live weights; on a GPU this is work of the current stream when it returns.
+
+        Args:
+            shadow: it holds the version, whole.
+            version: which one.
+
+        Raises:
+            LayoutChanged: a live parameter changed; nothing was written.
+        """
+        self.check()
+        self._version = None
+        shadow.copy_to_live()
+        self._refresh()
+        self._version = version
 
     def close(self) -> None:
         """Let the stage's memory go. May be called twice."""

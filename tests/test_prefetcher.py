@@ -1,0 +1,135 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""A thread that reads versions: what it tells of them, and that nobody waits for it without end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+import pytest
+from stagingd_vllm.prefetcher import Prefetcher
+
+from stagingd.errors import DeadlineExceeded, LeaseLost, OutOfOrder, VersionNotAvailable
+
+LONG_S = 30.0
+
+
+class Lease:
+    """A version that was lost, or not."""
+
+    def __init__(self, version: int, lost: bool) -> None:
+        self.version = version
+        self._lost = lost
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._lost:
+            raise LeaseLost("gone", remedy="again")
+
+
+class Stage:
+    """Has one version, or none yet."""
+
+    def __init__(self, version: int | None = 7, lost: bool = False) -> None:
+        self.version = version
+        self.asked: list[float] = []
+        self._lost = lost
+
+    def lease(self, *, version: int | None, newer_than: int | None, timeout_s: float) -> Lease:
+        self.asked.append(timeout_s)
+        if self.version is None:
+            raise DeadlineExceeded("no version", remedy="wait")
+        if version not in (None, self.version):
+            raise VersionNotAvailable("replaced", remedy="another")
+        return Lease(self.version, self._lost)
+
+
+class Writing:
+    """Writes when it is let."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.versions: list[int] = []
+
+    def __call__(self, lease: Lease) -> None:
+        self.begun.set()
+        assert self.go_on.wait(LONG_S)
+        self.versions.append(lease.version)
+
+
+@pytest.fixture
+def writing() -> Iterator[Writing]:
+    made = Writing()
+    yield made
+    made.go_on.set()
+
+
+def started(stage: Stage, writing: Writing, *, version: int | None = None, timeout_s: float = LONG_S) -> Prefetcher:
+    prefetcher = Prefetcher(stage, writing)  # type: ignore[arg-type]
+    prefetcher.start(version=version, newer_than=None, timeout_s=timeout_s)
+    return prefetcher
+
+
+def test_a_version_is_there_once_it_is_written_and_not_before(writing: Writing) -> None:
+    prefetcher = started(Stage(), writing)
+    assert writing.begun.wait(LONG_S)
+    assert prefetcher.reading
+    assert prefetcher.version() is None
+    writing.go_on.set()
+    assert prefetcher.version(LONG_S) == 7
+    assert not prefetcher.reading
+    assert writing.versions == [7]
+
+
+def test_nothing_is_there_before_it_was_asked_for_and_after_it_was_forgotten(writing: Writing) -> None:
+    assert Prefetcher(Stage(), writing).version() is None  # type: ignore[arg-type]
+    prefetcher = started(Stage(), writing)
+    writing.go_on.set()
+    assert prefetcher.version(LONG_S) == 7
+    prefetcher.forget()
+    assert prefetcher.version() is None
+
+
+def test_one_version_is_read_at_a_time(writing: Writing) -> None:
+    prefetcher = started(Stage(), writing)
+    for refused in (lambda: prefetcher.start(version=None, newer_than=None, timeout_s=1.0), prefetcher.forget):
+        with pytest.raises(OutOfOrder, match="being prefetched"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("stage", "version", "error"),
+    [(Stage(), 6, VersionNotAvailable), (Stage(lost=True), None, LeaseLost), (Stage(None), None, DeadlineExceeded)],
+)
+def test_what_kept_it_from_being_read_is_told_again_and_again_until_the_next_is_asked_for(
+    writing: Writing, stage: Stage, version: int | None, error: type[Exception]
+) -> None:
+    writing.go_on.set()
+    prefetcher = started(stage, writing, version=version, timeout_s=0.001)
+    for _ in range(2):
+        with pytest.raises(error):
+            prefetcher.version(LONG_S)
+    stage.version, stage._lost = 8, False
+    prefetcher.start(version=None, newer_than=None, timeout_s=LONG_S)
+    assert prefetcher.version(LONG_S) == 8
+
+
+def test_it_leaves_a_version_that_does_not_come(writing: Writing) -> None:
+    stage = Stage(None)
+    prefetcher = started(stage, writing)
+    prefetcher.close(LONG_S)
+    assert not prefetcher.reading
+    assert max(stage.asked) < 1
+
+
+def test_whoever_leaves_waits_for_what_is_being_written_and_not_without_end(writing: Writing) -> None:
+    prefetcher = started(Stage(), writing)
+    assert writing.begun.wait(LONG_S)
+    with pytest.raises(DeadlineExceeded, match="still being read"):
+        prefetcher.close(0.01)
+    writing.go_on.set()
+    prefetcher.close(LONG_S)

@@ -1,0 +1,140 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Versions through a shadow: the live weights do not change until it is copied, and are then those of an update in
+place, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from live_model import SCHEMES, Parallel, tensors
+from private_stage import PrivateStage, by_rows, private_stage
+from stagingd_vllm.layouts import homes
+from stagingd_vllm.plan import Computed, PlanEntry, ReadPlan, Region
+from stagingd_vllm.receiver import LayoutChanged, Receiver
+from stagingd_vllm.scales import ScaleRule
+from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
+
+from stagingd.boxes import whole
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[PrivateStage]:
+    full = tensors(1)
+    with private_stage(full, {name: by_rows(tensor.shape, 3) for name, tensor in full.items()}) as made:
+        made.write(1, full)
+        made.write(2, tensors(2))
+        yield made
+
+
+def shadow_of(worker: Parallel, stage: PrivateStage, budget: float = GIB) -> Shadow:
+    return Shadow(worker.plan, homes(worker.model), stage.catalog, ScaleRule(), CPU, budget)
+
+
+def memory(worker: Parallel) -> dict[str, bytes]:
+    return {
+        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in worker.model.state_dict().items()
+    }
+
+
+def write(shadow: Shadow, stage: PrivateStage, version: int) -> None:
+    lease = stage.lease(version)
+    shadow.write(lease.slot, lease.stored)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_swap_gives_what_an_update_in_place_gives(stage: PrivateStage, scheme: str, ranks: int) -> None:
+    updated, swapped = Parallel(scheme, ranks - 1, ranks), Parallel(scheme, ranks - 1, ranks)
+    receiver = Receiver(updated.model, updated.plan, stage)
+    taking, shadow = Receiver(swapped.model, swapped.plan, stage), shadow_of(swapped, stage)
+    for version in (1, 2):
+        before = memory(swapped)
+        write(shadow, stage, version)
+        assert memory(swapped) == before
+        taking.take(shadow, version)
+        receiver.apply(stage.lease(version))
+        assert memory(swapped) == memory(updated) != before
+        assert taking.version == version
+
+
+def test_the_version_before_can_be_swapped_in_again(stage: PrivateStage) -> None:
+    worker = Parallel("fp8_per_block", 0, 1)
+    receiver, shadow = Receiver(worker.model, worker.plan, stage), shadow_of(worker, stage)
+    seen = []
+    for version in (1, 2, 1):
+        write(shadow, stage, version)
+        receiver.take(shadow, version)
+        seen.append(memory(worker))
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_a_shadow_that_is_written_twice_holds_the_second_version_whole(stage: PrivateStage) -> None:
+    worker, other = Parallel("fp8_per_channel", 0, 1), Parallel("fp8_per_channel", 0, 1)
+    shadow = shadow_of(worker, stage)
+    write(shadow, stage, 1)
+    write(shadow, stage, 2)
+    Receiver(worker.model, worker.plan, stage).take(shadow, 2)
+    Receiver(other.model, other.plan, stage).apply(stage.lease(2))
+    assert memory(worker) == memory(other)
+
+
+@contextmanager
+def one_parameter(live: torch.Tensor) -> Iterator[tuple[torch.nn.Module, ReadPlan, PrivateStage]]:
+    """A stage of one tensor that fills the first two rows of a live parameter."""
+    model = torch.nn.Module()
+    model.register_parameter("w", torch.nn.Parameter(live, requires_grad=False))
+    region = Region("w", 0, (2, live.shape[1]), (live.shape[1], 1))
+    plan = ReadPlan((PlanEntry("w", "bfloat16", whole(region.shape), region),), 0)
+    staged = {"w": torch.ones(region.shape, dtype=torch.bfloat16)}
+    with private_stage(staged) as stage:
+        stage.write(1, staged)
+        yield model, plan, stage
+
+
+@pytest.mark.parametrize("columns", [slice(0, 5), slice(None), slice(0, 7, 2)])
+def test_what_no_read_fills_stays_as_it_is_whatever_the_strides(columns: slice) -> None:
+    around = torch.full((3, 7), 7, dtype=torch.bfloat16)
+    with one_parameter(around[:, columns]) as (model, plan, stage):
+        shadow = Shadow(plan, homes(model), stage.catalog, ScaleRule(), CPU, GIB)
+        write(shadow, stage, 1)
+        shadow.copy_to_live()
+    expected = torch.full((3, 7), 7, dtype=torch.bfloat16)
+    expected[:2, columns] = 1
+    assert around.equal(expected)
+
+
+def test_a_shadow_takes_as_much_as_the_weights_and_not_a_byte_more_than_allowed(stage: PrivateStage) -> None:
+    worker = Parallel("fp8_per_tensor", 0, 1)
+    live = [
+        tensor for home in homes(worker.model).values() for tensor in (home.weight, home.scale) if tensor is not None
+    ]
+    size = sum(tensor.nbytes for tensor in live)
+    assert shadow_of(worker, stage, size).bytes == size
+    with pytest.raises(NoRoomForShadow, match=r"0\.00 GiB are allowed.*in place, where generation stops"):
+        shadow_of(worker, stage, size - 1)
+
+
+def test_tensors_that_only_the_models_own_loader_can_take_are_read_in_place(stage: PrivateStage) -> None:
+    worker = Parallel("plain", 0, 1)
+    computed = Computed("a_log", 8, ("a",), "the loader computes")
+    with pytest.raises(NoRoomForShadow, match="a_log goes through the model's own loader"):
+        Shadow(replace(worker.plan, computed=(computed,)), homes(worker.model), stage.catalog, ScaleRule(), CPU, GIB)
+
+
+def test_nothing_is_written_when_the_engine_has_replaced_a_parameter(stage: PrivateStage) -> None:
+    worker = Parallel("plain", 0, 1)
+    receiver, shadow = Receiver(worker.model, worker.plan, stage), shadow_of(worker, stage)
+    write(shadow, stage, 1)
+    worker.model.o.weight = torch.nn.Parameter(worker.model.o.weight.clone(), requires_grad=False)
+    before = memory(worker)
+    with pytest.raises(LayoutChanged, match=r"o\.weight"):
+        receiver.take(shadow, 1)
+    assert memory(worker) == before

@@ -1,0 +1,69 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writing versions to where a worker's parameters live, or to shadows of them, quantized on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from stagingd.catalog import Catalog
+from stagingd.moments import StoredMoments
+from stagingd_vllm.carriers import Carrier, carrier
+from stagingd_vllm.layouts import Home
+from stagingd_vllm.live_scales import LiveScales
+from stagingd_vllm.plan import ReadPlan
+from stagingd_vllm.recipe import in_parts, make_recipe
+from stagingd_vllm.scales import ScaleRule
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the parameters: their scales, and who writes their weights."""
+
+    scales: LiveScales
+    weights: Carrier
+
+
+class Writer:
+    """Writes all that a plan reads in boxes. All but the version is worked out once.
+
+    Args:
+        plan: what is read, and to which region of which parameter, as the loader sees it.
+        homes: where these parameters are.
+        catalog: the stage's.
+        rule: how scales follow from moments.
+        device: where the parameters are.
+        beside: whether the device computes meanwhile; then the writes take the smallest share that they can.
+
+    Raises:
+        PlanRefused, OutOfOrder: as ``make_recipe`` says.
+    """
+
+    def __init__(
+        self,
+        plan: ReadPlan,
+        homes: Mapping[str, Home],
+        catalog: Catalog,
+        rule: ScaleRule,
+        device: torch.device,
+        *,
+        beside: bool = False,
+    ) -> None:
+        self._parts = []
+        for part in in_parts(plan, homes):
+            recipe = make_recipe(part, homes, catalog, rule)
+            self._parts.append(Part(LiveScales(recipe, device), carrier(recipe.moves, device, beside=beside)))
+
+    def write(self, slot: torch.Tensor, stored: StoredMoments) -> None:
+        """Write a version; on a GPU this is work of the current stream, and has to be done before the next.
+
+        Args:
+            slot: the version's bytes, uint8.
+            stored: its moments.
+        """
+        for part in self._parts:
+            part.scales.set(slot, stored)
+            part.weights.carry(slot)
