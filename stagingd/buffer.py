@@ -6,6 +6,8 @@
                                | abort, a rank dies, a check fails        the old front: DRAINING while
                                +--> FREE (the front is untouched)         leased, then FREE
 
+A slot that was drained keeps its version until the next one is begun: who asks for that very version leases it again.
+
 A pure state machine: it knows no clock, socket or memory. What cannot be done yet is answered with
 ``Waiting``, which says what is awaited and from whom, and changes nothing; the caller asks again
 after the next change.
@@ -57,17 +59,18 @@ class SlotState(StrEnum):
 
 @dataclass
 class Slot:
-    """One of the two copies. ``version`` is None exactly when the slot is free."""
+    """One of the two copies. ``version`` is None exactly when the slot is free; it may then still hold one whole."""
 
     index: int
     state: SlotState = SlotState.FREE
     version: int | None = None
+    kept: int | None = None
     begun: set[int] = field(default_factory=set)
     committed: set[int] = field(default_factory=set)
 
     def clear(self) -> None:
         """Give the slot back: nothing in it is worth anything any more."""
-        self.state, self.version = SlotState.FREE, None
+        self.state, self.version, self.kept = SlotState.FREE, None, None
         self.begun, self.committed = set(), set()
 
 
@@ -180,7 +183,7 @@ class DoubleBuffer:
             return self._join(filling, rank, version, again)
         back = self._claim_back(version)
         if isinstance(back, Slot):
-            back.state, back.version = SlotState.FILLING, version
+            back.state, back.version, back.kept = SlotState.FILLING, version, None
             back.begun.add(rank)
             self._occasion()
         return back
@@ -343,9 +346,11 @@ class DoubleBuffer:
         slot = self._readable(version, newer_than)
         if isinstance(slot, Waiting):
             return slot
-        assert slot.version is not None  # a sealed or front slot has one
         if slot.state is SlotState.SEALED:
             self._make_front(slot)
+        elif slot.state is SlotState.FREE:
+            slot.state, slot.version, slot.kept = SlotState.DRAINING, slot.kept, None
+        assert slot.version is not None  # only a free slot has none
         lease = Lease(self.next_lease, engine, ranks, slot, slot.version, until, holding={rank}, gone={*gone} - {rank})
         self.leases[lease.id] = lease
         self.next_lease += 1
@@ -390,8 +395,11 @@ class DoubleBuffer:
             if newer_than is not None and newest.version is not None and newest.version <= newer_than:
                 return Waiting(f"a version newer than {newer_than}", self._trainers())
             return newest
-        for slot in (newest, self.slot_in(SlotState.FRONT)):
+        for slot in (newest, self.slot_in(SlotState.FRONT), self.slot_in(SlotState.DRAINING)):
             if slot is not None and slot.version == version:
+                return slot
+        for slot in self.slots:
+            if slot.kept == version:
                 return slot
         if newest is not None and newest.version is not None and version < newest.version:
             held = sorted(str(slot.version) for slot in self.slots if slot.version is not None)
@@ -484,7 +492,9 @@ class DoubleBuffer:
 
     def _free_if_drained(self, slot: Slot) -> None:
         if slot.state is SlotState.DRAINING and not self.leases_on(slot):
+            version = slot.version
             slot.clear()
+            slot.kept = version
 
 
 def named(what: str, ranks: Iterable[int]) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class SlotRecord(Record):
 
     state: Annotated[SlotState, Field(strict=False)]
     version: Version | None
+    kept: Version | None = None
     begun: tuple[Rank, ...]
     committed: tuple[Rank, ...]
 
@@ -135,6 +136,7 @@ def _slot_state(slot: Slot) -> dict[str, object]:
     return {
         "state": slot.state.value,
         "version": slot.version,
+        "kept": slot.kept,
         "begun": list(slot.begun),
         "committed": list(slot.committed),
     }
@@ -158,7 +160,7 @@ def restored_buffer(record: BufferRecord, ranks: int, policy: Policy) -> DoubleB
     """The double buffer that a record describes."""
     buffer = DoubleBuffer(ranks, policy)
     for slot, was in zip(buffer.slots, record.slots, strict=True):
-        slot.state, slot.version = was.state, was.version
+        slot.state, slot.version, slot.kept = was.state, was.version, was.kept
         slot.begun, slot.committed = set(was.begun), set(was.committed)
     for lease in record.leases:
         slot = buffer.slots[lease.slot]

@@ -164,6 +164,21 @@ def test_a_version_that_is_not_there_is_refused_or_waited_for() -> None:
     assert lease(double, version=2).version == 2
 
 
+def test_the_version_before_can_be_leased_again_until_the_next_is_begun() -> None:
+    double = buffer()
+    for version in (1, 2):
+        publish(double, version)
+    lease(double, version=2)
+    double.release(1, 0)
+    again = lease(double, version=1)
+    assert (again.slot.state, again.slot.version) == (SlotState.DRAINING, 1)
+    assert isinstance(double.begin(0, 3), Waiting)
+    double.release(again.id, 0)
+    assert isinstance(double.begin(0, 3), Slot)
+    with pytest.raises(VersionNotAvailable, match="holds 2, 3"):
+        double.lease("e", 1, 0, version=1, newer_than=None, until=UNTIL)
+
+
 def test_a_dead_reader_frees_its_slot() -> None:
     double = buffer()
     publish(double, 1)
@@ -192,6 +207,7 @@ class Life(RuleBasedStateMachine):
         self.double = DoubleBuffer(RANKS, Policy.LATEST)
         self.sealed: list[int] = []
         self.held: dict[int, tuple[Slot, int]] = {}
+        self.contents: dict[int, int | None] = {0: None, 1: None}
 
     def attempt(self, call: object, *args: object) -> object:
         before = self.picture()
@@ -202,7 +218,7 @@ class Life(RuleBasedStateMachine):
             return None
 
     def picture(self) -> object:
-        slots = [(s.state, s.version, set(s.begun), set(s.committed)) for s in self.double.slots]
+        slots = [(s.state, s.version, s.kept, set(s.begun), set(s.committed)) for s in self.double.slots]
         leases = [(k, set(v.holding), set(v.done)) for k, v in self.double.leases.items()]
         return slots, leases
 
@@ -210,25 +226,30 @@ class Life(RuleBasedStateMachine):
     def begin(self, rank: int, ahead: int) -> None:
         before = self.picture()
         version = (self.double.newest_sealed or 0) + ahead
-        if isinstance(self.attempt(self.double.begin, rank, max(0, version)), Waiting):
+        got = self.attempt(self.double.begin, rank, max(0, version))
+        if isinstance(got, Waiting):
             assert self.picture() == before
+        elif isinstance(got, Slot):
+            self.contents[got.index] = None
 
     @rule(rank=st.integers(0, RANKS - 1))
     def commit(self, rank: int) -> None:
         filling = self.double.filling
         if filling is not None and self.attempt(self.double.commit, rank, filling.version):
             self.sealed.append(self.double.seal())
+            self.contents[filling.index] = self.sealed[-1]
 
     @rule(rank=st.integers(0, RANKS - 1))
     def trainer_dies(self, rank: int) -> None:
         self.double.trainer_gone(rank, "died")
 
-    @rule(engine=st.sampled_from("ab"), rank=st.integers(0, 1), exact=st.booleans())
-    def take(self, engine: str, rank: int, exact: bool) -> None:
-        version = self.double.newest_sealed if exact else None
+    @rule(engine=st.sampled_from("ab"), rank=st.integers(0, 1), back=st.none() | st.integers(0, 2))
+    def take(self, engine: str, rank: int, back: int | None) -> None:
+        version = None if back is None or not self.sealed else self.sealed[-1 - min(back, len(self.sealed) - 1)]
         got = self.attempt(lambda: self.double.lease(engine, 2, rank, version=version, newer_than=None, until=UNTIL))
         if isinstance(got, Lease):
             self.held[got.id] = (got.slot, got.version)
+            assert self.contents[got.slot.index] == got.version
 
     @rule(data=st.data(), rank=st.integers(0, 1))
     def release(self, data: st.DataObject, rank: int) -> None:
@@ -271,6 +292,12 @@ class Life(RuleBasedStateMachine):
         for slot in self.double.slots:
             assert slot.state is not SlotState.DRAINING or self.double.leases_on(slot)
             assert (slot.version is None) == (slot.state is SlotState.FREE)
+            assert slot.kept is None or slot.state is SlotState.FREE
+
+    @invariant()
+    def every_version_that_is_still_whole_can_be_leased(self) -> None:
+        held = {slot.version if slot.kept is None else slot.kept for slot in self.double.slots}
+        assert {version for version in self.contents.values() if version is not None} <= held
 
 
 TestLife = Life.TestCase

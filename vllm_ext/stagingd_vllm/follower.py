@@ -1,0 +1,266 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Keeping vLLM's ``AsyncLLM`` at the newest version of a stage while it generates.
+
+    async with Follower(llm, "policy", prefetch_gib=10) as follower:
+        await follower.reached(7)
+        async for output in llm.generate(...): ...
+
+Workers read a version beside the engine (``stagingd_prefetch``). The daemon's events say when there is one, and when it
+has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from types import TracebackType
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from stagingd import wire
+from stagingd.buffer import SlotState
+from stagingd.connection import Connection
+from stagingd.errors import DeadlineExceeded, OutOfOrder, StagingError
+from stagingd_vllm.answers import Answer, checked
+
+WAKE_S = 1.0
+"""An event may be lost, with a daemon that ends for one: so often is looked without any, in seconds."""
+POLL_S = 0.01
+"""How often workers are asked once their lease has ended, until they have noticed it, in seconds."""
+READ_S = 120.0
+"""The longest that reading a version may take beside a generating engine, in seconds."""
+
+logger = logging.getLogger(__name__)
+
+
+class Cache(StrEnum):
+    """What becomes of the keys and values that the weights before made."""
+
+    RESET = "reset"
+    """They are dropped: requests in flight are computed again from their prompts and tokens, by the new weights."""
+    KEEP = "keep"
+    """Requests in flight go on with theirs, and prompts may still find some of them."""
+
+
+class Follower:
+    """Follows a stage with one engine.
+
+    Args:
+        llm: vLLM's ``AsyncLLM``, with the worker extension.
+        stage: the stage's name.
+        socket: the daemon's; that of the settings by default.
+        engine: what this engine is called.
+        scale_rule: how scales follow from moments.
+        prefetch_gib: memory that prefetching may take on each worker's device; without it, versions are read in place.
+        cache: what becomes of the keys and values that the weights before made.
+        most_behind: generation stops while the engine is more versions than this behind the newest; never by default.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        stage: str,
+        *,
+        socket: str | os.PathLike[str] | None = None,
+        engine: str = "engine",
+        scale_rule: str = "amax",
+        prefetch_gib: float = 0.0,
+        cache: Cache = Cache.RESET,
+        most_behind: int | None = None,
+    ) -> None:
+        self._llm = llm
+        self._stage = stage
+        self._socket = socket
+        self._attaching = {"stage": stage, "engine": engine, "scale_rule": scale_rule}
+        if socket is not None:
+            self._attaching["socket"] = str(socket)
+        self._prefetch_gib = prefetch_gib
+        self._cache = cache
+        self._most_behind = most_behind
+        self._held_back = False
+        self._following = True
+        self._taking = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        self.mode = "in_place"
+        self.version: int | None = None
+        """The version that the engine computes with; None before the first."""
+
+    async def __aenter__(self) -> Follower:
+        """Attach all workers. Raises what ``stagingd_attach`` refuses."""
+        self._connection = await asyncio.to_thread(Connection, self._socket, name=f"follower of {self._stage}")
+        self._events = zmq.asyncio.Context.instance().socket(zmq.SUB)
+        self._events.connect(f"ipc://{self._connection.event_socket}")
+        self._events.subscribe(self._stage.encode())
+        try:
+            await self._attach()
+        except BaseException:
+            await self._close()
+            raise
+        self._task = asyncio.create_task(self._follow(), name=f"follow {self._stage}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await self._let_go()
+        await self._llm.collective_rpc("stagingd_detach")
+        await self._close()
+
+    async def reached(self, version: int, timeout_s: float = 60.0) -> None:
+        """Wait until the engine computes with a version, or with a newer one.
+
+        Raises:
+            DeadlineExceeded: it does not within ``timeout_s`` seconds.
+            Exception: what ended the following, such as the engine's death.
+        """
+        waiting = asyncio.create_task(self._wait_for(version))
+        await asyncio.wait([waiting, self._task], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return
+        waiting.cancel()
+        if self._task.done():
+            self._task.result()
+        raise DeadlineExceeded(
+            f"the engine computes with version {self.version} and not with {version} after {timeout_s:g} s",
+            remedy="look at the log of the engine, and at stagingd status",
+        )
+
+    async def hold(self, version: int) -> None:
+        """Make a version live that is still in the buffer, such as the one before, and stay there until ``follow``.
+
+        Raises:
+            StagingError: it cannot be had any more; the engine goes on with the version that it has.
+        """
+        before, self._following = self._following, False
+        async with self._taking:
+            try:
+                if version != self.version:
+                    await self._take(version=version)
+            except StagingError:
+                self._following = before
+                raise
+
+    def follow(self) -> None:
+        """Go on with the newest version after ``hold``."""
+        self._following = True
+
+    async def _wait_for(self, version: int) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.version is not None and self.version >= version)
+
+    async def _attach(self) -> None:
+        arguments = self._attaching | {"prefetch_gib": self._prefetch_gib}
+        modes = {answer["mode"] for answer in await self._ask("stagingd_attach", **arguments)}
+        if len(modes) > 1:  # a shadow is of use on all workers or on none
+            await self._llm.collective_rpc("stagingd_detach")
+            modes = {answer["mode"] for answer in await self._ask("stagingd_attach", **self._attaching)}
+        (self.mode,) = modes
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                async with self._taking:
+                    due = await self._is_due()
+                    if due:
+                        await self._take(newer_than=self.version)
+            except StagingError as error:
+                logger.warning("stage %s: %s", self._stage, error)
+                due = False
+            if not due:
+                await self._heard({"sealed"})
+
+    async def _is_due(self) -> bool:
+        """Whether there is a newer version; generation is held back, or let go on, as it is behind."""
+        newest = await self._newest()
+        behind = 0 if newest is None or self.version is None else newest - self.version
+        if self._most_behind is not None and behind > self._most_behind and self._following:
+            await self._hold_back()
+        else:
+            await self._let_go()
+        return self._following and newest is not None and (self.version is None or behind > 0)
+
+    async def _newest(self) -> int | None:
+        report = await asyncio.to_thread(self._connection.request, wire.Status(), wire.StatusReport)
+        complete = (SlotState.SEALED, SlotState.FRONT)
+        slots = [slot for stage in report.stages if stage.stage == self._stage for slot in stage.slots]
+        return max(
+            (slot.version for slot in slots if slot.state in complete and slot.version is not None), default=None
+        )
+
+    async def _take(self, **which: int | None) -> None:
+        if self.mode == "in_place":
+            async with self._cache_handled():
+                answers = await self._ask("stagingd_update", **which)
+        else:
+            await self._ask("stagingd_prefetch", **which)
+            version = await self._prefetched()
+            async with self._cache_handled():
+                answers = await self._ask("stagingd_swap", version=version)
+        async with self._changed:
+            self.version = answers[0]["version"]
+            self._changed.notify_all()
+
+    async def _prefetched(self) -> int:
+        """The version that all workers have read. Raises StagingError: one could not."""
+        until = asyncio.get_running_loop().time() + READ_S
+        while asyncio.get_running_loop().time() < until:
+            released = await self._heard({"released", "lease_lost"})
+            for _ in range(round(WAKE_S / POLL_S) if released else 1):
+                versions = {answer["version"] for answer in await self._ask("stagingd_prefetched")}
+                if len(versions) == 1 and None not in versions:
+                    return int(versions.pop())
+                if None not in versions:
+                    told = ", ".join(map(str, sorted(versions)))
+                    raise OutOfOrder(f"workers have prefetched versions {told}", remedy="they prefetch again")
+                await asyncio.sleep(POLL_S)
+        raise DeadlineExceeded(
+            f"a version has not been prefetched by all workers within {READ_S:g} s",
+            remedy="look at stagingd status for who holds a lease, and at the log of the engine",
+        )
+
+    async def _heard(self, kinds: Collection[str]) -> bool:
+        """Wait for an event of the stage of one of these kinds. False: there was none in WAKE_S seconds."""
+        until = asyncio.get_running_loop().time() + WAKE_S
+        while (left := until - asyncio.get_running_loop().time()) > 0:
+            if await self._events.poll(left * 1e3):
+                event = wire.decode_event((await self._events.recv_multipart())[1])
+                if event.stage == self._stage and event.event in kinds:
+                    return True
+        return False
+
+    @asynccontextmanager
+    async def _cache_handled(self) -> AsyncIterator[None]:
+        if self._cache is Cache.KEEP:
+            yield
+            return
+        await self._hold_back(clear_cache=True)
+        try:
+            yield
+        finally:
+            await self._let_go()
+
+    async def _hold_back(self, *, clear_cache: bool = False) -> None:
+        if not self._held_back or clear_cache:
+            self._held_back = True
+            await self._llm.pause_generation(mode="keep", clear_cache=clear_cache)
+
+    async def _let_go(self) -> None:
+        if self._held_back:
+            await self._llm.resume_generation()
+            self._held_back = False
+
+    async def _ask(self, method: str, **arguments: Any) -> list[Answer]:
+        return checked(await self._llm.collective_rpc(method, kwargs=arguments))
+
+    async def _close(self) -> None:
+        self._events.close(linger=0)
+        await asyncio.to_thread(self._connection.close)
