@@ -402,7 +402,8 @@ class DoubleBuffer:
             if slot.kept == version:
                 return slot
         if newest is not None and newest.version is not None and version < newest.version:
-            held = sorted(str(slot.version) for slot in self.slots if slot.version is not None)
+            there = [slot.version if slot.kept is None else slot.kept for slot in self.slots]
+            held = sorted(str(one) for one in there if one is not None)
             raise VersionNotAvailable(
                 f"version {version} has been replaced; the stage holds {', '.join(held)}",
                 remedy="ask for the latest, or for a version that is there",

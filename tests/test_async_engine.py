@@ -124,3 +124,27 @@ def test_a_request_that_is_waited_for_ends_with_the_old_weights_and_the_next_beg
         assert await later.done == new
 
     engine.do(run(engine.llm))
+
+
+def test_a_version_is_prefetched_and_swapped_in_through_vllms_own_calls(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def session(llm: Any, **update_info: Any) -> None:
+        await llm.start_weight_update()
+        await llm.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+        await llm.finish_weight_update()
+
+    async def run(llm: Any) -> None:
+        new = await reloaded(llm, trainer.checkpoints[1], PROMPT, 40)
+        old = await reloaded(llm, trainer.checkpoints[0], PROMPT, 40)
+        info = {"stage": "policy", "socket": str(daemon.socket), "engine": "swapped", "prefetch_gib": 1.0}
+        await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        trainer.publish(4, 2)
+        await session(llm, action="prefetch", newer_than=3)
+        assert await llm.reset_prefix_cache()
+        assert await generate(llm, PROMPT, 40) == old
+        async with paused(llm, "keep"):
+            await session(llm, action="swap", version=4)
+        assert await generate(llm, PROMPT, 40) == new
+
+    engine.do(run(engine.llm))

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import RunningDaemon, serving
+from daemons import RunningDaemon, eventually, serving
 from stagingd_client import Stage
 from stagingd_vllm.follower import Cache, Follower
 from tiny_engines import Driven, Trainer
@@ -23,6 +25,7 @@ from stagingd.errors import DeadlineExceeded, VersionNotAvailable
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
 
 pytestmark = pytest.mark.vllm
 pytest_plugins = ["tiny_engines"]
@@ -193,6 +196,25 @@ def test_generation_stops_while_the_engine_is_too_far_behind(
             assert len(await generate(llm, PROMPT, 5)) == 5
 
     engine.do(run(engine.llm))
+
+
+def test_whoever_waits_for_an_engine_learns_of_its_death(folder: Path, daemon: RunningDaemon, trainer: Trainer) -> None:
+    async def run(llm: Any) -> None:
+        async with Follower(llm, "policy", socket=daemon.socket, engine="mortal", prefetch_gib=1) as follower:
+            trainer.publish(40, 1)
+            await follower.reached(40)
+            (worker,) = await llm.collective_rpc("stagingd_pid")
+            os.kill(worker, signal.SIGKILL)
+            trainer.publish(41, 2)
+            await follower.reached(41)
+
+    driven = Driven(folder / "version-1")
+    try:
+        with pytest.raises(EngineDeadError):
+            driven.do(run(driven.llm))
+    finally:
+        driven.close()
+    eventually(lambda: not daemon.stage("policy").engines, "the dead engine to be forgotten")
 
 
 def test_a_version_that_does_not_come_is_not_waited_for_without_end(

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from daemons import DEADLINE_S, eventually
 from stagingd_vllm.answers import checked
+from stagingd_vllm.outcomes import RefusedByAll
 from stagingd_vllm.quantization_error import QuantizationError
 from tiny_engines import local_engine, save_checkpoints
 
@@ -59,6 +61,35 @@ def test_fp8_in_place_equals_vllms_own_loading_bit_for_bit_on_both_ranks(engine:
     engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
     assert engine.collective_rpc("stagingd_weights") == updated
     assert generated(engine, prompt) == after
+    engine.collective_rpc("stagingd_detach")
+
+
+def prefetched(engine: Any) -> bool:
+    return {answer["version"] for answer in checked(engine.collective_rpc("stagingd_prefetched"))} == {2}
+
+
+def test_what_is_prefetched_goes_live_on_both_ranks_or_on_none(engine: Any, checkpoints: list[Path]) -> None:
+    kwargs = {"stage": os.pathsep.join(map(str, checkpoints)), "prefetch_gib": 1.0}
+    summaries = checked(engine.collective_rpc("stagingd_attach", kwargs=kwargs))
+    assert [summary["mode"] for summary in summaries] == ["prefetch", "prefetch"]
+    checked(engine.collective_rpc("stagingd_update", kwargs={"version": 2}))
+    second = engine.collective_rpc("stagingd_weights")
+    checked(engine.collective_rpc("stagingd_update", kwargs={"version": 1}))
+    first = engine.collective_rpc("stagingd_weights")
+
+    checked(engine.collective_rpc("stagingd_prefetch", kwargs={"version": 2}))
+    eventually(lambda: prefetched(engine), "both ranks to have read version 2")
+    assert engine.collective_rpc("stagingd_weights") == first
+    for version, rank in ((3, 2), (2, 1)):
+        engine.collective_rpc("stagingd_forget", kwargs={"rank": rank})
+        with pytest.raises(RefusedByAll, match=f"version {version} is to be swapped in, and (2|none) has been"):
+            checked(engine.collective_rpc("stagingd_swap", kwargs={"version": version}))
+        assert engine.collective_rpc("stagingd_weights") == first
+
+    checked(engine.collective_rpc("stagingd_prefetch", kwargs={"version": 2}))
+    swapped = checked(engine.collective_rpc("stagingd_swap", kwargs={"version": 2, "timeout_s": DEADLINE_S}))
+    assert [answer["version"] for answer in swapped] == engine.collective_rpc("stagingd_version") == [2, 2]
+    assert engine.collective_rpc("stagingd_weights") == second
     engine.collective_rpc("stagingd_detach")
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
 from types import TracebackType
@@ -34,6 +34,8 @@ WAKE_S = 1.0
 """An event may be lost, with a daemon that ends for one: so often is looked without any, in seconds."""
 POLL_S = 0.01
 """How often workers are asked once their lease has ended, until they have noticed it, in seconds."""
+CALL_S = 300.0
+"""The longest that all workers may take to answer, in seconds: attaching derives a plan, and registers memory."""
 READ_S = 120.0
 """The longest that reading a version may take beside a generating engine, in seconds."""
 
@@ -88,6 +90,8 @@ class Follower:
         self._following = True
         self._taking = asyncio.Lock()
         self._changed = asyncio.Condition()
+        self._sealed = asyncio.Event()
+        self._released = asyncio.Event()
         self.mode = "in_place"
         self.version: int | None = None
         """The version that the engine computes with; None before the first."""
@@ -103,17 +107,23 @@ class Follower:
         except BaseException:
             await self._close()
             raise
-        self._task = asyncio.create_task(self._follow(), name=f"follow {self._stage}")
+        self._tasks = [asyncio.create_task(what) for what in (self._follow(), self._listen())]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
-        self._task.cancel()
-        await asyncio.wait([self._task])
-        await self._let_go()
-        await self._llm.collective_rpc("stagingd_detach")
-        await self._close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+        try:
+            await self._let_go()
+            await self._call(self._llm.collective_rpc("stagingd_detach"))
+        finally:
+            await self._close()
+        for task in self._tasks:
+            if kind is None and not task.cancelled():
+                task.result()  # what ended it
 
     async def reached(self, version: int, timeout_s: float = 60.0) -> None:
         """Wait until the engine computes with a version, or with a newer one.
@@ -123,12 +133,13 @@ class Follower:
             Exception: what ended the following, such as the engine's death.
         """
         waiting = asyncio.create_task(self._wait_for(version))
-        await asyncio.wait([waiting, self._task], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([waiting, *self._tasks], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             return
         waiting.cancel()
-        if self._task.done():
-            self._task.result()
+        for task in self._tasks:
+            if task.done():
+                task.result()
         raise DeadlineExceeded(
             f"the engine computes with version {self.version} and not with {version} after {timeout_s:g} s",
             remedy="look at the log of the engine, and at stagingd status",
@@ -161,7 +172,7 @@ class Follower:
         arguments = self._attaching | {"prefetch_gib": self._prefetch_gib}
         modes = {answer["mode"] for answer in await self._ask("stagingd_attach", **arguments)}
         if len(modes) > 1:  # a shadow is of use on all workers or on none
-            await self._llm.collective_rpc("stagingd_detach")
+            await self._call(self._llm.collective_rpc("stagingd_detach"))
             modes = {answer["mode"] for answer in await self._ask("stagingd_attach", **self._attaching)}
         (self.mode,) = modes
 
@@ -176,7 +187,7 @@ class Follower:
                 logger.warning("stage %s: %s", self._stage, error)
                 due = False
             if not due:
-                await self._heard({"sealed"})
+                await _heard(self._sealed)
 
     async def _is_due(self) -> bool:
         """Whether there is a newer version; generation is held back, or let go on, as it is behind."""
@@ -213,7 +224,7 @@ class Follower:
         """The version that all workers have read. Raises StagingError: one could not."""
         until = asyncio.get_running_loop().time() + READ_S
         while asyncio.get_running_loop().time() < until:
-            released = await self._heard({"released", "lease_lost"})
+            released = await _heard(self._released)
             for _ in range(round(WAKE_S / POLL_S) if released else 1):
                 versions = {answer["version"] for answer in await self._ask("stagingd_prefetched")}
                 if len(versions) == 1 and None not in versions:
@@ -227,15 +238,13 @@ class Follower:
             remedy="look at stagingd status for who holds a lease, and at the log of the engine",
         )
 
-    async def _heard(self, kinds: Collection[str]) -> bool:
-        """Wait for an event of the stage of one of these kinds. False: there was none in WAKE_S seconds."""
-        until = asyncio.get_running_loop().time() + WAKE_S
-        while (left := until - asyncio.get_running_loop().time()) > 0:
-            if await self._events.poll(left * 1e3):
-                event = wire.decode_event((await self._events.recv_multipart())[1])
-                if event.stage == self._stage and event.event in kinds:
-                    return True
-        return False
+    async def _listen(self) -> None:
+        while True:
+            event = wire.decode_event((await self._events.recv_multipart())[1])
+            if event.stage == self._stage and event.event == "sealed":
+                self._sealed.set()
+            elif event.stage == self._stage and event.event in ("released", "lease_lost"):
+                self._released.set()
 
     @asynccontextmanager
     async def _cache_handled(self) -> AsyncIterator[None]:
@@ -251,16 +260,44 @@ class Follower:
     async def _hold_back(self, *, clear_cache: bool = False) -> None:
         if not self._held_back or clear_cache:
             self._held_back = True
-            await self._llm.pause_generation(mode="keep", clear_cache=clear_cache)
+            await self._call(self._llm.pause_generation(mode="keep", clear_cache=clear_cache))
 
     async def _let_go(self) -> None:
         if self._held_back:
-            await self._llm.resume_generation()
+            await self._call(self._llm.resume_generation())
             self._held_back = False
 
     async def _ask(self, method: str, **arguments: Any) -> list[Answer]:
-        return checked(await self._llm.collective_rpc(method, kwargs=arguments))
+        return checked(await self._call(self._llm.collective_rpc(method, kwargs=arguments)))
+
+    async def _call(self, what: Coroutine[Any, Any, Any]) -> Any:
+        """Ask the engine. Of an engine that dies meanwhile, vLLM's own call would wait for the answer without end."""
+        call = asyncio.create_task(what)
+        until = asyncio.get_running_loop().time() + CALL_S
+        try:
+            while not (await asyncio.wait([call], timeout=WAKE_S))[0]:
+                if self._llm.errored:
+                    raise self._llm.dead_error
+                if asyncio.get_running_loop().time() > until:
+                    raise DeadlineExceeded(
+                        f"the engine has not answered within {CALL_S:g} s",
+                        remedy="look at its log for the worker that hangs, and restart it",
+                    )
+            return call.result()
+        finally:
+            call.cancel()
 
     async def _close(self) -> None:
         self._events.close(linger=0)
         await asyncio.to_thread(self._connection.close)
+
+
+async def _heard(event: asyncio.Event) -> bool:
+    """Wait until something has happened since the last time. False: it has not, in WAKE_S seconds."""
+    try:
+        async with asyncio.timeout(WAKE_S):
+            await event.wait()
+    except TimeoutError:
+        return False
+    event.clear()
+    return True
