@@ -19,7 +19,9 @@ from daemons import DEADLINE_S, Puppet, RunningDaemon, eventually
 from engine_environment import engine_environment
 from stagingd_client import Stage
 from stagingd_vllm.answers import checked
+from stagingd_vllm.follower import Follower
 from stagingd_vllm.replicas import of_all_replicas
+from stagingd_vllm.versions import EngineNotSupported
 from tiny_engines import (
     OPTIONS,
     Driven,
@@ -224,6 +226,8 @@ def test_both_data_parallel_replicas_take_versions(
         assert await generated_by_both(llm, "third") == first
         await llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
         assert await generated_by_both(llm, "reloaded") == second
+        with pytest.raises(EngineNotSupported, match="2 data-parallel replicas"):
+            await Follower(llm, "replicated", socket=daemon.socket).__aenter__()
         await llm.collective_rpc("stagingd_detach")
 
     with Stage.open("replicated", rank=0, ranks=1, socket=daemon.socket) as stage:

@@ -250,8 +250,9 @@ class Attachment:
             shadow = self._require_shadow()
             there = self._prefetcher.version(timeout_s)
             if version is None or there != version:
+                prefetched = "none" if there is None else there
                 raise OutOfOrder(
-                    f"version {version} is to be swapped in, and {there or 'none'} has been prefetched",
+                    f"version {version} is to be swapped in, and {prefetched} has been prefetched",
                     remedy="call stagingd_prefetch, and swap in what stagingd_prefetched gives on all workers",
                 )
             self.receiver.check()

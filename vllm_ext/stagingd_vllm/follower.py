@@ -29,11 +29,14 @@ from stagingd.buffer import SlotState
 from stagingd.connection import Connection
 from stagingd.errors import DeadlineExceeded, OutOfOrder, StagingError
 from stagingd_vllm.answers import Answer, checked
+from stagingd_vllm.versions import EngineNotSupported
 
 WAKE_S = 1.0
 """An event may be lost, with a daemon that ends for one: so often is looked without any, in seconds."""
 POLL_S = 0.01
 """How often workers are asked once their lease has ended, until they have noticed it, in seconds."""
+POLLS = 20
+"""How often in a row, before the next event is waited for."""
 CALL_S = 300.0
 """The longest that all workers may take to answer, in seconds: attaching derives a plan, and registers memory."""
 READ_S = 120.0
@@ -104,6 +107,9 @@ class Follower:
         self._events.subscribe(self._stage.encode())
         try:
             await self._attach()
+        except StagingError:
+            await self._detach()  # those workers that did not refuse
+            raise
         except BaseException:
             await self._close()
             raise
@@ -118,9 +124,8 @@ class Follower:
         await asyncio.wait(self._tasks)
         try:
             await self._let_go()
-            await self._call(self._llm.collective_rpc("stagingd_detach"))
         finally:
-            await self._close()
+            await self._detach()
         for task in self._tasks:
             if kind is None and not task.cancelled():
                 task.result()  # what ended it
@@ -169,12 +174,17 @@ class Follower:
             await self._changed.wait_for(lambda: self.version is not None and self.version >= version)
 
     async def _attach(self) -> None:
-        arguments = self._attaching | {"prefetch_gib": self._prefetch_gib}
-        modes = {answer["mode"] for answer in await self._ask("stagingd_attach", **arguments)}
-        if len(modes) > 1:  # a shadow is of use on all workers or on none
+        replicas = self._llm.vllm_config.parallel_config.data_parallel_size
+        if replicas > 1:
+            raise EngineNotSupported(
+                f"the engine has {replicas} data-parallel replicas, and answers for the first of them alone",
+                remedy="run the replicas as engines of their own, or ask all of them by of_all_replicas",
+            )
+        answers = await self._ask("stagingd_attach", **self._attaching, prefetch_gib=self._prefetch_gib)
+        if len({answer["mode"] for answer in answers}) > 1:  # a shadow is of use on all workers or on none
             await self._call(self._llm.collective_rpc("stagingd_detach"))
-            modes = {answer["mode"] for answer in await self._ask("stagingd_attach", **self._attaching)}
-        (self.mode,) = modes
+            answers = await self._ask("stagingd_attach", **self._attaching)
+        self.mode, self._engine = answers[0]["mode"], answers[0]["engine"]
 
     async def _follow(self) -> None:
         while True:
@@ -225,13 +235,11 @@ class Follower:
         until = asyncio.get_running_loop().time() + READ_S
         while asyncio.get_running_loop().time() < until:
             released = await _heard(self._released)
-            for _ in range(round(WAKE_S / POLL_S) if released else 1):
-                versions = {answer["version"] for answer in await self._ask("stagingd_prefetched")}
-                if len(versions) == 1 and None not in versions:
-                    return int(versions.pop())
-                if None not in versions:
-                    told = ", ".join(map(str, sorted(versions)))
-                    raise OutOfOrder(f"workers have prefetched versions {told}", remedy="they prefetch again")
+            for _ in range(POLLS if released else 1):
+                answers = await self._call(self._llm.collective_rpc("stagingd_prefetched"))
+                # While one of them reads, nobody can be asked to prefetch again.
+                if all(answer.get("version", "refused") is not None for answer in answers):
+                    return _agreed(checked(answers))
                 await asyncio.sleep(POLL_S)
         raise DeadlineExceeded(
             f"a version has not been prefetched by all workers within {READ_S:g} s",
@@ -243,7 +251,9 @@ class Follower:
             event = wire.decode_event((await self._events.recv_multipart())[1])
             if event.stage == self._stage and event.event == "sealed":
                 self._sealed.set()
-            elif event.stage == self._stage and event.event in ("released", "lease_lost"):
+            elif event.event == "lease_lost" or (
+                event.event == "released" and event.detail == f"engine {self._engine!r}"
+            ):
                 self._released.set()
 
     @asynccontextmanager
@@ -287,9 +297,24 @@ class Follower:
         finally:
             call.cancel()
 
+    async def _detach(self) -> None:
+        try:
+            await self._call(self._llm.collective_rpc("stagingd_detach"))
+        finally:
+            await self._close()
+
     async def _close(self) -> None:
         self._events.close(linger=0)
         await asyncio.to_thread(self._connection.close)
+
+
+def _agreed(answers: list[Answer]) -> int:
+    """The version that all workers have read. Raises OutOfOrder: they have read several."""
+    versions = sorted({answer["version"] for answer in answers})
+    if len(versions) > 1:
+        told = ", ".join(map(str, versions))
+        raise OutOfOrder(f"workers have prefetched versions {told}", remedy="they prefetch again")
+    return int(versions[0])
 
 
 async def _heard(event: asyncio.Event) -> bool:

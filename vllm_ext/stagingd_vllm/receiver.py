@@ -184,14 +184,12 @@ class Receiver:
     def take(self, shadow: Shadow, version: int) -> None:
         """Copies a version over the live weights; on a GPU this is work of the current stream when it returns.
 
+        ``check`` has to have passed on all workers of the engine.
+
         Args:
             shadow: it holds the version, whole.
             version: which one.
-
-        Raises:
-            LayoutChanged: a live parameter changed; nothing was written.
         """
-        self.check()
         self._version = None
         shadow.copy_to_live()
         self._refresh()
