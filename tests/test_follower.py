@@ -31,6 +31,7 @@ pytestmark = pytest.mark.vllm
 pytest_plugins = ["tiny_engines"]
 
 PROMPT = [1, 5, 9, 7]
+TOKENS = 400
 VERSIONS = 200
 IN_FLIGHT = 6
 requests = itertools.count()
@@ -57,12 +58,17 @@ def engine(folder: Path) -> Iterator[Driven]:
     driven.close()
 
 
-async def generate(llm: Any, prompt: list[int], number: int) -> list[int]:
+async def completed(llm: Any, prompt: list[int], number: int, begun: asyncio.Event | None = None) -> Any:
     sampling = SamplingParams(temperature=0, max_tokens=number, ignore_eos=True, detokenize=False)
-    tokens: list[int] = []
     async for output in llm.generate({"prompt_token_ids": prompt}, sampling, f"followed-{next(requests)}"):
-        tokens = list(output.outputs[0].token_ids)
-    return tokens
+        last = output.outputs[0]
+        if begun is not None:
+            begun.set()
+    return last
+
+
+async def generate(llm: Any, prompt: list[int], number: int) -> list[int]:
+    return list((await completed(llm, prompt, number)).token_ids)
 
 
 async def reloaded(llm: Any, checkpoint: Path, prompt: list[int], number: int) -> list[int]:
@@ -117,21 +123,22 @@ def test_requests_in_flight_go_on_as_if_the_new_weights_had_computed_what_is_cac
     engine: Driven, daemon: RunningDaemon, trainer: Trainer
 ) -> None:
     async def run(llm: Any) -> None:
-        old = await reloaded(llm, trainer.checkpoints[0], PROMPT, 300)
+        old = await reloaded(llm, trainer.checkpoints[0], PROMPT, TOKENS)
         async with Follower(llm, "policy", socket=daemon.socket, engine="exact", prefetch_gib=1) as follower:
             await follower.reached(1)
-            request = asyncio.create_task(generate(llm, PROMPT, 300))
-            trainer.publish(2, 2)
+            begun = asyncio.Event()
+            request = asyncio.create_task(completed(llm, PROMPT, TOKENS, begun))
+            await begun.wait()
+            await asyncio.to_thread(trainer.publish, 2, 2)
             await follower.reached(2)
-            tokens = await request
-        assert tokens != old
-        # The step of the swap is where the tokens begin to be the new weights'; there may be equal ones before.
-        differs = next(i for i, (one, other) in enumerate(zip(tokens, old, strict=True)) if one != other)
+            said = await request
+        spans = [(span.version, span.start, span.end) for span in said.weight_versions]
+        (_, _, swapped), _ = spans
+        assert spans == [("1", 0, swapped), ("2", swapped, TOKENS)]
+        tokens = list(said.token_ids)
+        assert tokens[:swapped] == old[:swapped]
         await reloaded(llm, trainer.checkpoints[1], PROMPT, 1)
-        for step in range(differs, -1, -1):
-            if await generate(llm, PROMPT + tokens[:step], 300 - step) == tokens[step:]:
-                return
-        pytest.fail("no step parts the tokens of the old weights from those of the new ones")
+        assert tokens[swapped:] == await generate(llm, PROMPT + tokens[:swapped], TOKENS - swapped)
 
     engine.do(run(engine.llm))
 

@@ -8,6 +8,9 @@
 
 Workers read a version beside the engine (``stagingd_prefetch``). The daemon's events say when there is one, and when it
 has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps.
+
+Outputs tell in ``weight_versions`` which version made which of their tokens, if vLLM has that (0.32 has, 0.26 has not).
+With ``Cache.KEEP`` and asynchronous scheduling, tokens of the step during which it swaps may bear the later version.
 """
 
 from __future__ import annotations
@@ -220,15 +223,30 @@ class Follower:
     async def _take(self, **which: int | None) -> None:
         if self.mode == "in_place":
             async with self._cache_handled():
-                answers = await self._ask("stagingd_update", **which)
+                version = (await self._ask("stagingd_update", **which))[0]["version"]
+                await self._label(version)
         else:
             await self._ask("stagingd_prefetch", **which)
             version = await self._prefetched()
             async with self._cache_handled():
-                answers = await self._ask("stagingd_swap", version=version)
+                await self._swap(version)
         async with self._changed:
-            self.version = answers[0]["version"]
+            self.version = version
             self._changed.notify_all()
+
+    async def _swap(self, version: int) -> None:
+        try:
+            # Both at once: the engine finds the label before it begins another step.
+            await asyncio.gather(self._ask("stagingd_swap", version=version), self._label(version))
+        except StagingError:
+            await self._label(self.version)
+            raise
+
+    async def _label(self, version: int | None) -> None:
+        """Have outputs tell that this version made them, where vLLM can."""
+        update = getattr(self._llm, "update_weight_version", None)
+        if update is not None and version is not None:
+            await self._call(update(str(version)))
 
     async def _prefetched(self) -> int:
         """The version that all workers have read. Raises StagingError: one could not."""
