@@ -277,6 +277,8 @@ def test_a_worker_tells_of_the_version_that_it_holds_or_refuses(daemon: RunningD
         _publish(stage, 2, values)
         assert worker.stagingd_quantization_error() == answer  # version 1 is still there
         another.lease(version=2).release()
+        assert worker.stagingd_quantization_error() == answer  # nobody has begun the next
+        _publish(stage, 3, values)
         error = refused(worker.stagingd_quantization_error())
         assert isinstance(error, OutOfOrder)
         assert "version 1 has been replaced" in str(error)

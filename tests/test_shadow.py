@@ -33,13 +33,13 @@ def stage() -> Iterator[PrivateStage]:
         yield made
 
 
-def shadow_of(worker: Parallel, stage: PrivateStage, budget: float = GIB) -> Shadow:
-    return Shadow(worker.plan, homes(worker.model), stage.catalog, ScaleRule(), CPU, budget)
+def shadow_of(worker: Parallel, stage: PrivateStage, budget: float = GIB, device: torch.device = CPU) -> Shadow:
+    return Shadow(worker.plan, homes(worker.model), stage.catalog, ScaleRule(), device, budget)
 
 
 def memory(worker: Parallel) -> dict[str, bytes]:
     return {
-        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        name: tensor.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
         for name, tensor in worker.model.state_dict().items()
     }
 
@@ -127,3 +127,39 @@ def test_tensors_that_only_the_models_own_loader_can_take_are_read_in_place(stag
     computed = Computed("a_log", 8, ("a",), "the loader computes")
     with pytest.raises(NoRoomForShadow, match="a_log goes through the model's own loader"):
         Shadow(replace(worker.plan, computed=(computed,)), homes(worker.model), stage.catalog, ScaleRule(), CPU, GIB)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_swap_on_a_gpu_gives_what_an_update_in_place_gives(stage: PrivateStage, scheme: str) -> None:
+    """The engine's stream computes with the live weights until the copy, and the next version waits for that."""
+    worker, device = Parallel(scheme, 1, 2, "cuda"), torch.device("cuda", 0)
+    receiver = Receiver(worker.model, worker.plan, stage)
+    try:
+        updated = []
+        for version in (1, 2):
+            receiver.apply(stage.lease(version))
+            updated.append(memory(worker))
+        shadow = shadow_of(worker, stage, device=device)
+        swapped = []
+        for version in (1, 2, 1):
+            write(shadow, stage, version)
+            receiver.take(shadow, version)
+            write(shadow, stage, 3 - version)  # at once: the copy may still be under way
+            swapped.append(memory(worker))
+    finally:
+        receiver.close()
+    assert swapped == [*updated, updated[0]]
+    assert updated[0] != updated[1]
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_has_too_little_memory_left_is_told_of(stage: PrivateStage) -> None:
+    worker = Parallel("plain", 0, 1, "cuda")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        with pytest.raises(NoRoomForShadow, match="cuda:0 has less left"):
+            shadow_of(worker, stage, device=torch.device("cuda", 0))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,10 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
-from daemons import DEADLINE_S, RunningDaemon
+from daemons import DEADLINE_S, RunningDaemon, eventually
 from stagingd_vllm.answers import checked
+from stagingd_vllm.follower import Follower
+from stagingd_vllm.server import Server as FollowedServer
+from stagingd_vllm.versions import EngineNotSupported
 from tiny_engines import BACKEND, OPTIONS, Trainer
 
 from stagingd.errors import OutOfOrder
@@ -165,3 +171,51 @@ def test_the_worker_extension_is_driven_by_collective_rpc_while_a_request_is_kep
     assert answer["version"] == 3
     assert server.generate() == expected
     assert server.rpc("stagingd_version") == ["3"]  # the route turns numbers into text
+    server.rpc("stagingd_detach")
+
+
+def test_a_server_under_load_is_followed(server: Server, daemon: RunningDaemon, trainer: Trainer) -> None:
+    expected = {number: server.reloaded(trainer.checkpoints[number]) for number in (1, 0)}
+
+    async def follow() -> None:
+        timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}", timeout=timeout) as session:
+            followed = FollowedServer(session)
+            async with Follower(followed, "policy", socket=daemon.socket, engine="served", prefetch_gib=1) as follower:
+                load = [asyncio.create_task(asyncio.to_thread(server.generate, 200)) for _ in range(4)]
+                for version in range(10, 20):
+                    await asyncio.to_thread(trainer.publish, version, 1 + version % 2)
+                    await follower.reached(version)
+                assert {len(tokens) for tokens in await asyncio.gather(*load)} == {200}
+                assert await asyncio.to_thread(server.generate) == expected[1]
+                assert server.ask("/weight_info", method="GET") == {"weight_version": "19"}
+
+    asyncio.run(follow())
+
+
+def test_a_server_that_does_not_let_its_workers_be_asked_is_refused_and_says_how_it_would(server: Server) -> None:
+    async def ask() -> None:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{server.port}/nothing/") as session:
+            with pytest.raises(EngineNotSupported, match=r"no route .*collective_rpc.*VLLM_SERVER_DEV_MODE=1"):
+                await FollowedServer(session)._post("collective_rpc")
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_follows_until_it_is_told_to_end(
+    server: Server, daemon: RunningDaemon, trainer: Trainer, number: signal.Signals
+) -> None:
+    address = f"http://127.0.0.1:{server.port}"
+    command = [sys.executable, "-m", "stagingd_vllm.follow_command", address, "policy", "--socket", str(daemon.socket)]
+    with subprocess.Popen([*command, "--prefetch-gib", "1"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "following policy: prefetch\n"
+        newest = daemon.stage("policy").slots
+        assert process.stdout.readline().startswith("policy: version ")
+        version = max(slot.version or 0 for slot in newest) + 1
+        trainer.publish(version, 1)
+        assert process.stdout.readline() == f"policy: version {version} is live\n"
+        process.send_signal(number)
+        assert process.wait(DEADLINE_S) == 0
+    eventually(lambda: "engine" not in daemon.stage("policy").engines, "the engine to have left")

@@ -100,7 +100,9 @@ def test_calls_that_are_refused_leave_no_answer_behind(engine: Any, daemon: Runn
         engine.update_weights({"update_info": {"names": []}})
     with pytest.raises(Exception, match="finish_weight_update called without"):
         engine.finish_weight_update()
-    with pytest.raises(Exception, match=r"init_info .*Give the fields stage, socket, engine, scale_rule, timeout_s"):
+    with pytest.raises(
+        Exception, match=r"init_info .*Give the fields stage, socket, engine, scale_rule, prefetch_gib, timeout_s"
+    ):
         engine.init_weight_transfer_engine({"init_info": {}})
     with pytest.raises(Exception, match="deadline_exceeded"):
         init(engine, daemon, stage="nobodys", timeout_s=0.2)

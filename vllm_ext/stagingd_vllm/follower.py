@@ -18,9 +18,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -61,7 +62,7 @@ class Follower:
     """Follows a stage with one engine.
 
     Args:
-        llm: vLLM's ``AsyncLLM``, with the worker extension.
+        llm: vLLM's ``AsyncLLM`` with the worker extension, or a ``Server``.
         stage: the stage's name.
         socket: the daemon's; that of the settings by default.
         engine: what this engine is called.
@@ -140,18 +141,29 @@ class Follower:
             DeadlineExceeded: it does not within ``timeout_s`` seconds.
             Exception: what ended the following, such as the engine's death.
         """
-        waiting = asyncio.create_task(self._wait_for(version))
+        waiting = asyncio.create_task(self._wait_until(lambda: self.version is not None and self.version >= version))
         await asyncio.wait([waiting, *self._tasks], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
             return
         waiting.cancel()
-        for task in self._tasks:
-            if task.done():
-                task.result()
+        self._raise_what_ended_it()
         raise DeadlineExceeded(
             f"the engine computes with version {self.version} and not with {version} after {timeout_s:g} s",
             remedy="look at the log of the engine, and at stagingd status",
         )
+
+    async def versions(self) -> AsyncIterator[int]:
+        """Each version as it goes live, the newest where several have since the last. Raises as ``reached``."""
+        last: int | None = None
+        while True:
+            waiting = asyncio.create_task(self._wait_until(partial(self._is_other_than, last)))
+            await asyncio.wait([waiting, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                waiting.cancel()
+                self._raise_what_ended_it()
+            assert self.version is not None  # it differs from what it was
+            last = self.version
+            yield last
 
     async def hold(self, version: int) -> None:
         """Make a version live that is still in the buffer, such as the one before, and stay there until ``follow``.
@@ -172,22 +184,29 @@ class Follower:
         """Go on with the newest version after ``hold``."""
         self._following = True
 
-    async def _wait_for(self, version: int) -> None:
+    async def _wait_until(self, condition: Callable[[], bool]) -> None:
         async with self._changed:
-            await self._changed.wait_for(lambda: self.version is not None and self.version >= version)
+            await self._changed.wait_for(condition)
+
+    def _is_other_than(self, version: int | None) -> bool:
+        return self.version != version
+
+    def _raise_what_ended_it(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
     async def _attach(self) -> None:
-        replicas = self._llm.vllm_config.parallel_config.data_parallel_size
-        if replicas > 1:
-            raise EngineNotSupported(
-                f"the engine has {replicas} data-parallel replicas, and answers for the first of them alone",
-                remedy="run the replicas as engines of their own, or ask all of them by of_all_replicas",
-            )
         answers = await self._ask("stagingd_attach", **self._attaching, prefetch_gib=self._prefetch_gib)
         if len({answer["mode"] for answer in answers}) > 1:  # a shadow is of use on all workers or on none
             await self._call(self._llm.collective_rpc("stagingd_detach"))
             answers = await self._ask("stagingd_attach", **self._attaching)
         self.mode, self._engine = answers[0]["mode"], answers[0]["engine"]
+        if self._engine != self._attaching["engine"]:
+            raise EngineNotSupported(
+                f"the engine has data-parallel replicas, and only that of {self._engine} answers",
+                remedy="run the replicas as engines of their own, or ask all of them by of_all_replicas",
+            )
 
     async def _follow(self) -> None:
         while True:

@@ -22,12 +22,13 @@ class LiveScales:
     Args:
         recipe: which scales there are, and what they are made of.
         device: where they are.
+        beside: whether the device computes meanwhile.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, *, beside: bool = False) -> None:
         self._recipe = recipe
         self._device = device
-        self._peaks = carrier(recipe.peaks, device) if recipe.peaks else None
+        self._peaks = carrier(recipe.peaks, device, beside=beside) if recipe.peaks else None
         count = sum(span.count for span in recipe.spans)
         self._host = torch.empty(count, dtype=torch.float32, pin_memory=device.type == "cuda")
         self._live = [_flat(span) for span in recipe.spans]

@@ -55,7 +55,8 @@ class Writer:
         self._parts = []
         for part in in_parts(plan, homes):
             recipe = make_recipe(part, homes, catalog, rule)
-            self._parts.append(Part(LiveScales(recipe, device), carrier(recipe.moves, device, beside=beside)))
+            scales = LiveScales(recipe, device, beside=beside)
+            self._parts.append(Part(scales, carrier(recipe.moves, device, beside=beside)))
 
     def write(self, slot: torch.Tensor, stored: StoredMoments) -> None:
         """Write a version; on a GPU this is work of the current stream, and has to be done before the next.
