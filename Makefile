@@ -16,7 +16,7 @@ DEATHS := tests/test_crashes.py tests/test_exactness_of_models.py tests/test_pla
 	tests/test_plan_command.py tests/test_benchmark_flush.py tests/test_vllm_fp8_engine.py tests/test_attachment.py \
 	tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py
 ENGINES := tests/test_demo.py tests/test_vllm_engine.py tests/test_vllm_server.py tests/test_async_engine.py \
-	tests/test_engines_die_and_join.py tests/test_weight_transfer.py tests/test_follower.py
+	tests/test_engines_die_and_join.py tests/test_weight_transfer.py
 BESIDE := $(DEATHS) $(ENGINES)
 
 # One thread each: threads that wait for each other on busy cores take a hundred times as long.

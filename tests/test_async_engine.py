@@ -1,20 +1,28 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that generates takes versions: vLLM's AsyncLLM, paused around updates in either way."""
+"""An engine that generates takes versions: vLLM's AsyncLLM, paused around updates in either way, or followed while a
+trainer publishes without a pause."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import RunningDaemon
+from daemons import RunningDaemon, eventually, serving
+from stagingd_client import Stage
 from stagingd_vllm.answers import checked
+from stagingd_vllm.follower import Cache, Follower
 from tiny_engines import BACKEND, Driven, Trainer
+
+from stagingd.buffer import Policy
+from stagingd.errors import DeadlineExceeded, VersionNotAvailable
 
 pytest.importorskip("vllm")
 
@@ -23,12 +31,15 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitRequest,
     WeightTransferUpdateRequest,
 )
+from vllm.v1.engine.exceptions import EngineDeadError
 
 pytestmark = pytest.mark.vllm
 pytest_plugins = ["tiny_engines"]
 
 PROMPT = [1, 5, 9, 7]
 TOKENS = 400
+VERSIONS = 200
+IN_FLIGHT = 6
 requests = itertools.count()
 
 
@@ -122,6 +133,7 @@ def test_a_request_that_is_waited_for_ends_with_the_old_weights_and_the_next_beg
             assert not later.tokens
         assert request.tokens == old
         assert await later.done == new
+        await llm.collective_rpc("stagingd_detach")
 
     engine.do(run(engine.llm))
 
@@ -148,3 +160,184 @@ def test_a_version_is_prefetched_and_swapped_in_through_vllms_own_calls(
         assert await generate(llm, PROMPT, 40) == new
 
     engine.do(run(engine.llm))
+
+
+@pytest.fixture(scope="module")
+def patient_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
+    """Its clients wait long for a successor."""
+    with serving(tmp_path_factory.mktemp("daemon"), "--return-s", "30") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def paced(patient_daemon: RunningDaemon, folder: Path) -> Iterator[Trainer]:
+    """The stage "paced": its trainer waits until each version has been read."""
+    with Stage.open("paced", rank=0, ranks=1, socket=patient_daemon.socket, policy=Policy.BLOCK) as stage:
+        yield Trainer(stage, sorted(folder.glob("version-*")))
+
+
+async def completed(llm: Any, prompt: list[int], number: int, begun: asyncio.Event | None = None) -> Any:
+    sampling = SamplingParams(temperature=0, max_tokens=number, ignore_eos=True, detokenize=False)
+    async for output in llm.generate({"prompt_token_ids": prompt}, sampling, f"followed-{next(requests)}"):
+        last = output.outputs[0]
+        if begun is not None:
+            begun.set()
+    return last
+
+
+@asynccontextmanager
+async def load(llm: Any) -> AsyncIterator[list[list[int]]]:
+    """Requests without a pause; what they gave is in the list in the end."""
+    ended, done = asyncio.Event(), list[list[int]]()
+
+    async def go_on(number: int) -> None:
+        while not ended.is_set():
+            done.append(await generate(llm, [number + 1, *PROMPT], 20))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(IN_FLIGHT):
+            group.create_task(go_on(number))
+        yield done
+        ended.set()
+
+
+def test_hundreds_of_versions_go_live_under_load_and_the_daemon_dies_meanwhile(
+    engine: Driven, patient_daemon: RunningDaemon, paced: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        follower = Follower(
+            llm, "paced", socket=patient_daemon.socket, engine="loaded", prefetch_gib=1, cache=Cache.KEEP
+        )
+        async with follower, load(llm) as done:
+            assert follower.mode == "prefetch"
+            for version in range(2, VERSIONS + 1):
+                await asyncio.to_thread(paced.publish, version, 1 + version % 2)
+                if version == VERSIONS // 2:
+                    await asyncio.to_thread(patient_daemon.kill)
+                    await asyncio.to_thread(patient_daemon.restart)
+            await follower.reached(VERSIONS)
+        assert follower.version == VERSIONS
+        assert len(done) >= IN_FLIGHT
+        assert {len(tokens) for tokens in done} == {20}
+        assert await llm.reset_prefix_cache()
+        last = await generate(llm, PROMPT, 40)
+        assert last == await reloaded(llm, paced.checkpoints[VERSIONS % 2], PROMPT, 40)
+
+    engine.do(run(engine.llm))
+
+
+def test_requests_in_flight_go_on_as_if_the_new_weights_had_computed_what_is_cached(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        old = await reloaded(llm, trainer.checkpoints[0], PROMPT, TOKENS)
+        async with Follower(llm, "policy", socket=daemon.socket, engine="exact", prefetch_gib=1) as follower:
+            trainer.publish(5, 1)
+            await follower.reached(5)
+            begun = asyncio.Event()
+            request = asyncio.create_task(completed(llm, PROMPT, TOKENS, begun))
+            await begun.wait()
+            await asyncio.to_thread(trainer.publish, 6, 2)
+            await follower.reached(6)
+            said = await request
+        spans = [(span.version, span.start, span.end) for span in said.weight_versions]
+        (_, _, swapped), _ = spans
+        assert spans == [("5", 0, swapped), ("6", swapped, TOKENS)]
+        tokens = list(said.token_ids)
+        assert tokens[:swapped] == old[:swapped]
+        await reloaded(llm, trainer.checkpoints[1], PROMPT, 1)
+        assert tokens[swapped:] == await generate(llm, PROMPT + tokens[:swapped], TOKENS - swapped)
+
+    engine.do(run(engine.llm))
+
+
+def test_an_engine_goes_back_to_the_version_before_and_follows_again(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        said = {n: await reloaded(llm, trainer.checkpoints[n - 1], PROMPT, 30) for n in (1, 2, 3)}
+        async with Follower(llm, "policy", socket=daemon.socket, engine="back", prefetch_gib=1) as follower:
+            trainer.publish(11, 1)
+            await follower.reached(11)
+            trainer.publish(12, 2)
+            await follower.reached(12)
+            assert await generate(llm, PROMPT, 30) == said[2]
+            trainer.publish(13, 3)
+            await follower.reached(13)
+            await follower.hold(12)
+            assert await generate(llm, PROMPT, 30) == said[2]
+            with pytest.raises(VersionNotAvailable, match="version 11 has been replaced"):
+                await follower.hold(11)
+            assert await generate(llm, PROMPT, 30) == said[2]
+            follower.follow()
+            await follower.reached(13)
+            assert await generate(llm, PROMPT, 30) == said[3]
+
+    engine.do(run(engine.llm))
+
+
+def test_without_memory_for_a_shadow_versions_are_read_in_place(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        new = await reloaded(llm, trainer.checkpoints[2], PROMPT, 30)
+        await reloaded(llm, trainer.checkpoints[0], PROMPT, 1)
+        async with (
+            Follower(llm, "policy", socket=daemon.socket, engine="small", prefetch_gib=0.001) as follower,
+            load(llm),
+        ):
+            assert follower.mode == "in_place"
+            trainer.publish(20, 1)
+            await follower.reached(20)
+            trainer.publish(21, 3)
+            await follower.reached(21)
+        assert await generate(llm, PROMPT, 30) == new
+
+    engine.do(run(engine.llm))
+
+
+def test_generation_stops_while_the_engine_is_too_far_behind(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        follower = Follower(llm, "policy", socket=daemon.socket, engine="behind", prefetch_gib=1, most_behind=2)
+        async with follower:
+            trainer.publish(30, 1)
+            await follower.reached(30)
+            async with follower._taking:
+                trainer.publish(33, 2)
+            await follower.reached(33)
+            assert not await llm.is_paused()
+            assert len(await generate(llm, PROMPT, 5)) == 5
+
+    engine.do(run(engine.llm))
+
+
+def test_a_version_that_does_not_come_is_not_waited_for_without_end(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        async with Follower(llm, "policy", socket=daemon.socket, engine="waits", prefetch_gib=1) as follower:
+            with pytest.raises(DeadlineExceeded, match="not with 1000 after"):
+                await follower.reached(1000, timeout_s=0.05)
+
+    engine.do(run(engine.llm))
+
+
+def test_whoever_waits_for_an_engine_learns_of_its_death(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    """The module's last test: its engine is gone."""
+
+    async def run(llm: Any) -> None:
+        async with Follower(llm, "policy", socket=daemon.socket, engine="mortal", prefetch_gib=1) as follower:
+            trainer.publish(40, 1)
+            await follower.reached(40)
+            (worker,) = await llm.collective_rpc("stagingd_pid")
+            os.kill(worker, signal.SIGKILL)
+            trainer.publish(41, 2)
+            await follower.reached(41)
+
+    with pytest.raises(EngineDeadError):
+        engine.do(run(engine.llm))
+    eventually(lambda: not daemon.stage("policy").engines, "the dead engine to be forgotten")

@@ -30,6 +30,8 @@ from tiny_engines import (
     save_latent_checkpoints,
 )
 
+from stagingd.errors import OutOfOrder
+
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
@@ -226,9 +228,14 @@ def test_both_data_parallel_replicas_take_versions(
         assert await generated_by_both(llm, "third") == first
         await llm.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
         assert await generated_by_both(llm, "reloaded") == second
-        with pytest.raises(EngineNotSupported, match="only that of engine-dp0 answers"):
+        with pytest.raises(OutOfOrder, match="attached to a stage already"):
             await Follower(llm, "replicated", socket=daemon.socket).__aenter__()
+        assert await of_all_replicas(llm, "stagingd_version") == [None, None]  # another has loaded since
+        assert daemon.stage("replicated").engines == ("engine", "engine-dp1")
         await llm.collective_rpc("stagingd_detach")
+        with pytest.raises(EngineNotSupported, match=r"replicas \(engine-dp1\), and vLLM answers for the first alone"):
+            await Follower(llm, "replicated", socket=daemon.socket).__aenter__()
+        assert daemon.stage("replicated").engines == ()
 
     with Stage.open("replicated", rank=0, ranks=1, socket=daemon.socket) as stage:
         replicas.do(follow(replicas.llm, Trainer(stage, checkpoints)))

@@ -31,7 +31,7 @@ import zmq.asyncio
 from stagingd import wire
 from stagingd.buffer import SlotState
 from stagingd.connection import Connection
-from stagingd.errors import DeadlineExceeded, OutOfOrder, StagingError
+from stagingd.errors import DeadlineExceeded, OutOfOrder, StagingError, UnknownStage
 from stagingd_vllm.answers import Answer, checked
 from stagingd_vllm.versions import EngineNotSupported
 
@@ -111,9 +111,6 @@ class Follower:
         self._events.subscribe(self._stage.encode())
         try:
             await self._attach()
-        except StagingError:
-            await self._detach()  # those workers that did not refuse
-            raise
         except BaseException:
             await self._close()
             raise
@@ -197,16 +194,29 @@ class Follower:
                 task.result()
 
     async def _attach(self) -> None:
-        answers = await self._ask("stagingd_attach", **self._attaching, prefetch_gib=self._prefetch_gib)
+        answers = await self._attach_workers(self._prefetch_gib)
         if len({answer["mode"] for answer in answers}) > 1:  # a shadow is of use on all workers or on none
             await self._call(self._llm.collective_rpc("stagingd_detach"))
-            answers = await self._ask("stagingd_attach", **self._attaching)
+            answers = await self._attach_workers(0.0)
         self.mode, self._engine = answers[0]["mode"], answers[0]["engine"]
-        if self._engine != self._attaching["engine"]:
+        replicas = [one for one in (await self._status()).engines if one.startswith(f"{self._attaching['engine']}-dp")]
+        if replicas:
+            await self._call(self._llm.collective_rpc("stagingd_detach"))
             raise EngineNotSupported(
-                f"the engine has data-parallel replicas, and only that of {self._engine} answers",
+                f"the engine has data-parallel replicas ({', '.join(replicas)}), and vLLM answers for the first alone",
                 remedy="run the replicas as engines of their own, or ask all of them by of_all_replicas",
             )
+
+    async def _attach_workers(self, prefetch_gib: float) -> list[Answer]:
+        """All of them or none; what another has attached before stays as it is."""
+        arguments = self._attaching | {"prefetch_gib": prefetch_gib}
+        answers = await self._call(self._llm.collective_rpc("stagingd_attach", kwargs=arguments))
+        try:
+            return checked(answers)
+        except StagingError:
+            if not all("refused" in answer for answer in answers):
+                await self._call(self._llm.collective_rpc("stagingd_detach"))
+            raise
 
     async def _follow(self) -> None:
         while True:
@@ -232,12 +242,18 @@ class Follower:
         return self._following and newest is not None and (self.version is None or behind > 0)
 
     async def _newest(self) -> int | None:
-        report = await asyncio.to_thread(self._connection.request, wire.Status(), wire.StatusReport)
         complete = (SlotState.SEALED, SlotState.FRONT)
-        slots = [slot for stage in report.stages if stage.stage == self._stage for slot in stage.slots]
+        slots = (await self._status()).slots
         return max(
             (slot.version for slot in slots if slot.state in complete and slot.version is not None), default=None
         )
+
+    async def _status(self) -> wire.StageStatus:
+        report = await asyncio.to_thread(self._connection.request, wire.Status(), wire.StatusReport)
+        found = next((stage for stage in report.stages if stage.stage == self._stage), None)
+        if found is None:
+            raise UnknownStage(f"the stage {self._stage!r} is gone", remedy="attach again once it is declared anew")
+        return found
 
     async def _take(self, **which: int | None) -> None:
         if self.mode == "in_place":
