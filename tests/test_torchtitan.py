@@ -45,7 +45,7 @@ def titan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Titan]:
 
 def check(run: Run, reader: Reader, version: int, step: int) -> None:
     """Every tensor of a version, in every bit, is what the witness saw after the step."""
-    with reader.lease(newer_than=version - 1, timeout_s=30) as lease:
+    with reader.lease(newer_than=version - 1, timeout_s=120) as lease:
         assert lease.version == version
         wanted = run.tensors(step)
         assert {tensor.name for tensor in reader.catalog.tensors} == set(wanted)
@@ -65,7 +65,8 @@ def follow(run: Run, reader: Reader, versions: dict[int, int]) -> None:
 
 
 def attached(daemon: RunningDaemon, stage: str) -> Reader:
-    return Reader.attach(stage, engine="e", rank=0, ranks=1, socket=daemon.socket)
+    # A trainer that starts on busy cores imports for a minute.
+    return Reader.attach(stage, engine="e", rank=0, ranks=1, socket=daemon.socket, timeout_s=240)
 
 
 def settings(daemon: RunningDaemon, stage: str) -> dict[str, str]:
