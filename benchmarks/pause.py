@@ -4,9 +4,9 @@
 
     python -m benchmarks.pause --model 8B --tensor-parallel 1 --mode fp8_per_tensor --batch 8 --batch 64 --batch 256
 
-A batch generates so many tokens alone, and again while versions are prefetched and swapped in without a pause between
-them: what it takes longer, divided by the number of updates, is what one update costs. Two versions stand in the buffer
-and are taken in turns, so that no trainer computes on the engine's GPUs meanwhile.
+A batch generates so many tokens alone, and again while versions are prefetched and swapped in with nothing between
+them. Of each update's time the share that generation took longer is what the update cost. Two versions stand in the
+buffer and are taken in turns, so that no trainer computes on the engine's GPUs meanwhile.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from stagingd.errors import StagingError
 
 PROMPT = [1, 5, 9, 7]
 REPEATS = 3
+LEAST_UPDATES = 2
 PAUSE_AIM = 15.0
 LOST_AIMS = {1: 30.0, 2: 18.0}
 """Milliseconds, by tensor-parallel size."""
@@ -79,44 +80,60 @@ async def generate(llm: Any, batch: int, tokens: int) -> Generation:
     return Generation(time.perf_counter() - begin, tuple(b - a for a, b in itertools.pairwise(came)))
 
 
-async def updates(follower: Follower, number: int) -> list[float]:
-    """Take two versions in turns; gives the seconds from asking for each to computing with it."""
+async def updates(follower: Follower, generating: asyncio.Task[Generation]) -> list[float]:
+    """Take two versions in turns until the last token; gives the seconds from asking for each to computing with it."""
     took = []
-    for _ in range(number):
+    while not generating.done():
         begin = time.perf_counter()
         await follower.hold(3 - (follower.version or 2))
         took.append(time.perf_counter() - begin)
     return took
 
 
-async def beside(
-    llm: Any, follower: Follower, label: str, batch: int, tokens: int, number: int, lost_aim: float | None
-) -> list[Row]:
+@dataclass(frozen=True)
+class Beside:
+    """A batch alone, and one while versions are taken: ``took`` are the seconds that each of them needed."""
+
+    alone: Generation
+    updated: Generation
+    took: tuple[float, ...]
+
+    @property
+    def lost(self) -> float:
+        """Seconds of generation that one update costs."""
+        return (1 - self.alone.seconds / self.updated.seconds) * statistics.mean(self.took)
+
+    @property
+    def pauses(self) -> list[float]:
+        """Seconds that a token came later than usual: the longest of such delays, one for each update."""
+        step = statistics.median(self.alone.gaps)
+        return [gap - step for gap in sorted(self.updated.gaps)[-len(self.took) :]]
+
+
+async def compare(llm: Any, follower: Follower, label: str, batch: int, tokens: int) -> Beside:
+    """Generate alone, and then while versions are taken."""
+    alone = await generate(llm, batch, tokens)
+    generating = asyncio.create_task(generate(llm, batch, tokens))
+    took = await updates(follower, generating)
+    if len(took) < LEAST_UPDATES:
+        raise BenchmarkFailed(f"{label}: only {len(took)} updates while it generated", remedy="raise --tokens")
+    return Beside(alone, await generating, tuple(took))
+
+
+async def beside(llm: Any, follower: Follower, label: str, batch: int, tokens: int, aim: float | None) -> list[Row]:
     """The figures of one size of batch."""
     await generate(llm, batch, 16)
-    alone = [await generate(llm, batch, tokens) for _ in range(REPEATS)]
-    with_updates, took = [], list[float]()
-    for _ in range(REPEATS):
-        generation, seconds = await asyncio.gather(generate(llm, batch, tokens), updates(follower, number))
-        if sum(seconds) >= generation.seconds:
-            raise BenchmarkFailed(f"{label}: updates went on after the last token", remedy="raise --tokens")
-        with_updates.append(generation)
-        took += seconds
-    usual, longer = (statistics.median(one.seconds for one in some) for some in (alone, with_updates))
-    step = statistics.median(gap for one in alone for gap in one.gaps)
-    pauses = [gap - step for one in with_updates for gap in sorted(one.gaps)[-number:]]
-    rate = batch * tokens / usual
+    found = [await compare(llm, follower, label, batch, tokens) for _ in range(REPEATS)]
+    rate = batch * tokens / statistics.median(one.alone.seconds for one in found)
+    pause, took = (
+        statistics.median(itertools.chain(*some)) for some in zip(*((o.pauses, o.took) for o in found), strict=True)
+    )
+    lost = statistics.median(one.lost for one in found)
     return [
         Row(f"{label}: generated alone", rate, "tokens/s", "higher"),
-        Row(f"{label}: lost per update", (longer - usual) / number * 1e3, "ms", "lower", lost_aim),
-        Row(
-            f"{label}: longest gap between tokens beyond a step",
-            statistics.median(pauses) * 1e3,
-            "ms",
-            "lower",
-            PAUSE_AIM,
-        ),
-        Row(f"{label}: from asking for a version to computing with it", statistics.median(took) * 1e3, "ms", "lower"),
+        Row(f"{label}: generation lost per update", lost * 1e3, "ms", "lower", aim),
+        Row(f"{label}: longest delay of a token per update", pause * 1e3, "ms", "lower", PAUSE_AIM),
+        Row(f"{label}: from asking for a version to computing with it", took * 1e3, "ms", "lower"),
     ]
 
 
@@ -128,7 +145,6 @@ async def measure(
     socket: Path,
     batches: list[int],
     tokens: int,
-    number: int,
     gib: float,
 ) -> list[Row]:
     """Start an engine, follow the stage with it, and end it."""
@@ -172,7 +188,7 @@ async def measure(
             found.append(Row(f"{label}: read in place, by an engine that stands", seconds * 1e3, "ms", "lower"))
             for batch in batches:
                 aim = LOST_AIMS.get(ranks)
-                found += await beside(llm, follower, f"{label}, batch {batch}", batch, tokens, number, aim)
+                found += await beside(llm, follower, f"{label}, batch {batch}", batch, tokens, aim)
             if torch.cuda.is_available() and mode not in NOT_RELOADED:
                 times = await ask("stagingd_reload", times=3)
                 reloaded = max(statistics.median(rank["seconds"]) for rank in times)
@@ -189,7 +205,6 @@ def pause(
     mode: Annotated[list[str] | None, typer.Option(help="vLLM's quantizations. [default: fp8_per_tensor]")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time. [default: 8, 64, 256]")] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens that each request generates.")] = 512,
-    number: Annotated[int, typer.Option("--updates", min=1, help="Updates meanwhile.")] = 2,
     prefetch_gib: Annotated[float, typer.Option(help="Memory for prefetching on each GPU.")] = 20.0,
     machine: Annotated[str | None, typer.Option(help="The machine's name in the report.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
@@ -197,9 +212,7 @@ def pause(
     """Measure what updates cost an engine that generates."""
     sizes, modes, batches = tensor_parallel or [1], mode or ["fp8_per_tensor"], batch or [8, 64, 256]
     console = Console(width=140)
-    around = surroundings(
-        model=model, modes=modes, tensor_parallel=sizes, batches=batches, tokens=tokens, updates=number
-    )
+    around = surroundings(model=model, modes=modes, tensor_parallel=sizes, batches=batches, tokens=tokens)
     found: list[Row] = []
     prefix = f"/stagingd-bench-{os.getpid()}-"
     with ExitStack() as cleanup:
@@ -214,7 +227,7 @@ def pause(
         if trainer.exitcode != 0:
             raise BenchmarkFailed(f"the trainer of {model} did not stage it", remedy="its own words are above")
         for ranks, some in itertools.product(sizes, modes):
-            case = measure(model, ranks, some, folder / model, socket, batches, tokens, number, prefetch_gib)
+            case = measure(model, ranks, some, folder / model, socket, batches, tokens, prefetch_gib)
             found += asyncio.run(case)
             report = Report("pause", machine_slug(machine), around, found)
             path = report.write(results)  # after every engine: they take minutes

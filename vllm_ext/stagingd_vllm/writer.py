@@ -52,6 +52,7 @@ class Writer:
         *,
         beside: bool = False,
     ) -> None:
+        self._beside = beside
         self._parts = []
         for part in in_parts(plan, homes):
             recipe = make_recipe(part, homes, catalog, rule)
@@ -65,6 +66,14 @@ class Writer:
             slot: the version's bytes, uint8.
             stored: its moments.
         """
-        for part in self._parts:
-            part.scales.set(slot, stored)
-            part.weights.carry(slot)
+        if self._beside:
+            # A copy that waits for a kernel holds up all later copies to the device, the engine's too: so these first.
+            for part in self._parts:
+                part.scales.set(slot, stored)
+            for part in self._parts:
+                part.weights.carry(slot)
+        else:
+            # The scales of a part are worked out while the bytes of the one before cross.
+            for part in self._parts:
+                part.scales.set(slot, stored)
+                part.weights.carry(slot)
