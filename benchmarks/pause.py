@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import multiprocessing
-import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,11 +27,11 @@ from rich.console import Console
 from stagingd_vllm.answers import checked
 from stagingd_vllm.follower import Cache, Follower
 
-from benchmarks.host import daemon, end, remove_segments
 from benchmarks.host_case import BenchmarkFailed
-from benchmarks.read import NOT_RELOADED, TRAINER_S, train
+from benchmarks.read import NOT_RELOADED
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
+from benchmarks.staged import Staged, staged
 from stagingd.errors import StagingError
 
 PROMPT = [1, 5, 9, 7]
@@ -141,8 +137,7 @@ async def measure(
     model: str,
     ranks: int,
     mode: str,
-    folder: Path,
-    socket: Path,
+    stages: Staged,
     batches: list[int],
     tokens: int,
     gib: float,
@@ -154,7 +149,7 @@ async def measure(
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({1, *batches})}
     llm = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
-            str(folder),
+            str(stages.folder / model),
             load_format="dummy",
             skip_tokenizer_init=True,
             quantization=None if mode == "bfloat16" else mode,
@@ -175,7 +170,7 @@ async def measure(
     label = f"{model}, {mode}, TP {ranks}"
     found: list[Row] = []
     try:
-        follower = Follower(llm, model, socket=socket, prefetch_gib=gib, cache=Cache.KEEP)
+        follower = Follower(llm, model, socket=stages.socket, prefetch_gib=gib, cache=Cache.KEEP)
         async with follower:
             await follower.reached(2)
             if follower.mode != "prefetch":
@@ -214,21 +209,9 @@ def pause(
     console = Console(width=140)
     around = surroundings(model=model, modes=modes, tensor_parallel=sizes, batches=batches, tokens=tokens)
     found: list[Row] = []
-    prefix = f"/stagingd-bench-{os.getpid()}-"
-    with ExitStack() as cleanup:
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="stagingd-bench-")))
-        cleanup.callback(remove_segments, prefix)
-        socket = cleanup.enter_context(daemon(folder, prefix))
-        SIZES[model].save_config(folder / model)
-        trainer = multiprocessing.get_context("spawn").Process(target=train, args=(model, socket))
-        trainer.start()
-        cleanup.callback(end, trainer)
-        trainer.join(TRAINER_S)
-        if trainer.exitcode != 0:
-            raise BenchmarkFailed(f"the trainer of {model} did not stage it", remedy="its own words are above")
+    with staged([model]) as stages:
         for ranks, some in itertools.product(sizes, modes):
-            case = measure(model, ranks, some, folder / model, socket, batches, tokens, prefetch_gib)
-            found += asyncio.run(case)
+            found += asyncio.run(measure(model, ranks, some, stages, batches, tokens, prefetch_gib))
             report = Report("pause", machine_slug(machine), around, found)
             path = report.write(results)  # after every engine: they take minutes
     console.print(report.table())

@@ -10,29 +10,22 @@ A version is read from its lease on, by all ranks at once, while nobody generate
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
 import signal
 import sys
-import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from stagingd_client import Stage
 from stagingd_vllm.answers import checked
 
-from benchmarks.host import daemon, end, remove_segments
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
+from benchmarks.staged import Staged, staged
 from stagingd.errors import StagingError
 
-TRAINER_S = 300.0
-"""The longest that staging two versions may take, in seconds."""
 MIB = 2**20
 NOT_RELOADED = {"fp8_per_block": "it recurses without end in per_block_cast_to_fp8"}
 """What vLLM 0.26's own layerwise reload cannot do, and why; the benchmark says so in its place."""
@@ -42,30 +35,13 @@ MEMORY_AIM = 256.0
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def train(model: str, socket: Path) -> None:
-    """Stage two versions of random weights, from one rank."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tensors = dict(SIZES[model].tensors(1, device))
-    with Stage.open(model, rank=0, ranks=1, socket=socket, timeout_s=TRAINER_S) as stage:
-        stage.declare(tensors)
-        for version in (1, 2):
-            for name, values in SIZES[model].tensors(version, device):
-                tensors[name].copy_(values)
-            stage.begin(version)
-            for name, tensor in tensors.items():
-                stage.put(name, tensor)
-            publication = stage.commit()
-            stage.fence()
-            publication.wait()
-
-
-def measure(model: str, ranks: int, mode: str, folder: Path, socket: Path, updates: int, reloads: int) -> list[Row]:
+def measure(model: str, ranks: int, mode: str, stages: Staged, updates: int, reloads: int) -> list[Row]:
     """Start an engine, have it read, and end it."""
     from vllm import LLM  # noqa: PLC0415 - takes seconds
 
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8]}
     llm = LLM(
-        str(folder),
+        str(stages.folder / model),
         load_format="dummy",
         skip_tokenizer_init=True,
         quantization=None if mode == "bfloat16" else mode,
@@ -82,7 +58,7 @@ def measure(model: str, ranks: int, mode: str, folder: Path, socket: Path, updat
         def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
             return checked(llm.collective_rpc(method, kwargs=arguments))
 
-        ask("stagingd_attach", stage=model, socket=str(socket), engine=f"{mode}-{ranks}")
+        ask("stagingd_attach", stage=model, socket=str(stages.socket), engine=f"{mode}-{ranks}")
         ask("stagingd_update")
         for found in ask("stagingd_check"):
             if not found["exact"]:
@@ -136,25 +112,13 @@ def read(
     console = Console(width=140)
     around = surroundings(models=models, modes=modes, tensor_parallel=sizes, updates=updates, reloads=reloads)
     found: list[Row] = []
-    prefix = f"/stagingd-bench-{os.getpid()}-"
-    with ExitStack() as cleanup:
-        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="stagingd-bench-")))
-        cleanup.callback(remove_segments, prefix)
-        socket = cleanup.enter_context(daemon(folder, prefix))
-        for name in models:
-            SIZES[name].save_config(folder / name)
-            trainer = multiprocessing.get_context("spawn").Process(target=train, args=(name, socket))
-            trainer.start()
-            cleanup.callback(end, trainer)
-            trainer.join(TRAINER_S)
-            if trainer.exitcode != 0:
-                raise BenchmarkFailed(f"the trainer of {name} did not stage it", remedy="its own words are above")
-            for ranks, some in itertools.product(sizes, modes):
-                if reloads and some in NOT_RELOADED:
-                    console.print(f"{name}, {some}: vLLM's layerwise reload is left out: {NOT_RELOADED[some]}")
-                found += measure(name, ranks, some, folder / name, socket, updates, reloads)
-                report = Report("read", machine_slug(machine), around, found)
-                path = report.write(results)  # after every engine: they take minutes
+    with staged(models) as stages:
+        for name, ranks, some in itertools.product(models, sizes, modes):
+            if reloads and some in NOT_RELOADED:
+                console.print(f"{name}, {some}: vLLM's layerwise reload is left out: {NOT_RELOADED[some]}")
+            found += measure(name, ranks, some, stages, updates, reloads)
+            report = Report("read", machine_slug(machine), around, found)
+            path = report.write(results)  # after every engine: they take minutes
     console.print(report.table())
     console.print(f"written to {path}")
 

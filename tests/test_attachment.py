@@ -23,9 +23,11 @@ from stagingd.errors import DeadlineExceeded, OutOfOrder
 
 vllm = pytest.importorskip("vllm")
 
-from stagingd_vllm.attachment import Attachment, Place, refuse_asleep, weights_asleep  # noqa: E402
+from stagingd_vllm.attachment import Attachment  # noqa: E402
 from stagingd_vllm.engine import StagingdEngine  # noqa: E402
+from stagingd_vllm.place import Place  # noqa: E402
 from stagingd_vllm.plugin import register  # noqa: E402
+from stagingd_vllm.sleep import refuse_asleep, weights_asleep  # noqa: E402
 from vllm.device_allocator import AllocationData  # noqa: E402
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # noqa: E402
 

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed.parallel_state import get_pcp_group, get_pp_group, get_tp_group
+from vllm.config import VllmConfig, set_current_vllm_config
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.derived import refresh_derived
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
+from stagingd_vllm.place import Place, groups_of
 from stagingd_vllm.plan import StagedTensor
 from stagingd_vllm.prefetcher import Prefetcher
 from stagingd_vllm.quantization_error import quantization_errors, summed
@@ -31,76 +30,16 @@ from stagingd_vllm.receiver import LayoutChanged, LeasedVersion, Receiver, Updat
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
-from stagingd_vllm.versions import EngineNotSupported
+from stagingd_vllm.sleep import allocators, refuse_asleep, weights_asleep
 
 WITNESS_PARAMETERS = 64
 WITNESS_BYTES = 256
 """So many bytes of so many parameters, spread evenly, stand for the weights when they are looked at again."""
+NOT_ASKED_FOR = "no memory is allowed for prefetching"
 READ_S = 30.0
 """The longest that a version which is being read may take to end when its worker leaves, in seconds."""
-NOT_ASKED_FOR = NoRoomForShadow("no memory is allowed for prefetching", remedy="attach with prefetch_gib")
 
 logger = logging.getLogger(__name__)
-
-
-class Group(Protocol):
-    """The part of vLLM's process groups that tells a worker's place."""
-
-    rank_in_group: int
-    world_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A worker's rank among all workers of one engine, and their number.
-
-    A data-parallel replica is an engine of its own: it takes requests, and changes versions, by itself.
-    """
-
-    engine: str
-    rank: int
-    ranks: int
-
-    @classmethod
-    def within(cls, engine: str, replica: int, replicas: int, groups: tuple[Group, ...]) -> Place:
-        """The place by groups, the slowest varying first, of one of several data-parallel replicas.
-
-        The first replica of a model that vLLM runs as separate engines cannot be told from an engine without any
-        replicas: it keeps the bare name.
-        """
-        rank, ranks = 0, 1
-        for group in groups:
-            rank, ranks = rank * group.world_size + group.rank_in_group, ranks * group.world_size
-        return cls(f"{engine}-dp{replica}" if replica or replicas > 1 else engine, rank, ranks)
-
-    @classmethod
-    def of_worker(cls, engine: str, parallel: ParallelConfig) -> Place:
-        """The place of the worker that this process is.
-
-        Expert parallelism spreads experts over the same workers, so it adds no ranks.
-
-        Raises:
-            EngineNotSupported: the groups are not those of the configured sizes, or experts move between workers.
-        """
-        if getattr(parallel, "enable_eplb", False):
-            raise EngineNotSupported(
-                "the engine moves experts between its workers while it runs (enable_eplb)",
-                remedy="start it without: which experts a worker holds has to stay as it is",
-            )
-        groups = (get_pp_group(), get_pcp_group(), get_tp_group())
-        place = cls.within(engine, parallel.data_parallel_index, parallel.data_parallel_size, groups)
-        if place.ranks != parallel.world_size:
-            raise EngineNotSupported(
-                f"the engine has {parallel.world_size} workers per replica, and its pipeline and tensor groups "
-                f"count {place.ranks}",
-                remedy="use tensor, pipeline, expert and data parallelism alone",
-            )
-        return place
-
-
-def groups_of(parallel: ParallelConfig) -> Sequence[Voters]:
-    """The groups of this worker whose product is the engine; none for an engine of one worker."""
-    return () if parallel.world_size == 1 else (get_tp_group(), get_pcp_group(), get_pp_group())
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +59,8 @@ class Attachment:
         reader: it reads the stage.
         receiver: it writes the live weights.
         scale_rule: how scales follow from moments.
-        shadow: what versions are prefetched into, or why there is none.
+        shadow: what versions are prefetched into; without it they are read in place.
+        in_place_because: why there is no shadow.
         groups: their product is the engine.
     """
 
@@ -130,7 +70,8 @@ class Attachment:
         reader: Reader,
         receiver: Receiver,
         scale_rule: str = "amax",
-        shadow: Shadow | NoRoomForShadow = NOT_ASKED_FOR,
+        shadow: Shadow | None = None,
+        in_place_because: str = NOT_ASKED_FOR,
         groups: Sequence[Voters] = (),
     ) -> None:
         self.place = place
@@ -138,6 +79,7 @@ class Attachment:
         self.receiver = receiver
         self.scale_rule = scale_rule
         self._shadow = shadow
+        self._in_place_because = in_place_because
         self._prefetcher = Prefetcher(reader, self._write_to_shadow)
         self._groups = groups
         self._witness: torch.Tensor | None = None
@@ -189,9 +131,10 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.callback(receiver.close)
-            shadow = _shadow(receiver, reader, rule, prefetch_gib)
+            shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib)
             undo.pop_all()
-        return cls(place, reader, receiver, scale_rule, shadow, groups_of(vllm_config.parallel_config))
+        groups = groups_of(vllm_config.parallel_config)
+        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -207,7 +150,7 @@ class Attachment:
             LoaderFailed: the model's own loader did not take what only it can take.
             LeaseLost: the weights may be a mixture of two versions; update again before generating.
         """
-        refuse_asleep(weights_asleep(_allocators()))
+        refuse_asleep(weights_asleep(allocators()))
         self._prefetcher.refuse_while_reading()
         lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
         report = self.receiver.apply(lease)
@@ -246,7 +189,7 @@ class Attachment:
         """
         started = time.perf_counter()
         with together(self._groups, timeout_s + PEERS_S):
-            refuse_asleep(weights_asleep(_allocators()))
+            refuse_asleep(weights_asleep(allocators()))
             shadow = self._require_shadow()
             there = self._prefetcher.version(timeout_s)
             if version is None or there != version:
@@ -262,8 +205,8 @@ class Attachment:
         return SwapReport(there, shadow.bytes, time.perf_counter() - started)
 
     def _require_shadow(self) -> Shadow:
-        if isinstance(self._shadow, NoRoomForShadow):
-            raise NoRoomForShadow(self._shadow.what, remedy=self._shadow.remedy)
+        if self._shadow is None:
+            raise NoRoomForShadow(self._in_place_because, remedy="attach with prefetch_gib, or with more of it")
         return self._shadow
 
     def _write_to_shadow(self, lease: LeasedVersion) -> None:
@@ -277,7 +220,7 @@ class Attachment:
         else has written to the weights since. The last is told by a sample of them: some hundred bytes of each of
         some tens of parameters, spread evenly, so what leaves nearly every element as it was can pass unseen.
         """
-        if self._witness is None or weights_asleep(_allocators()):
+        if self._witness is None or weights_asleep(allocators()):
             return None
         try:
             self.receiver.check()
@@ -325,13 +268,12 @@ class Attachment:
     def summary(self) -> dict[str, Any]:
         """The worker's place, and what every update reads: numbers, strings, and lists and maps of strings."""
         plan = self.receiver.plan
-        in_place = self._shadow if isinstance(self._shadow, NoRoomForShadow) else None
         return {
             "rank": self.place.rank,
             "ranks": self.place.ranks,
             "engine": self.place.engine,
-            "mode": "in_place" if in_place else "prefetch",
-            "in_place_because": str(in_place or ""),
+            "mode": "prefetch" if self._shadow else "in_place",
+            "in_place_because": "" if self._shadow else self._in_place_because,
             "tensors": len(plan.tensors),
             "entries": len(plan.entries),
             "bytes_per_update": plan.bytes_per_update,
@@ -352,15 +294,16 @@ class Attachment:
         self.reader.close()
 
 
-def _shadow(receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float) -> Shadow | NoRoomForShadow:
+def _shadow(receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float) -> tuple[Shadow | None, str]:
+    """What versions are prefetched into, or why there is none."""
     if prefetch_gib <= 0:
-        return NOT_ASKED_FOR
+        return None, NOT_ASKED_FOR
     plan, homes, device = receiver.plan, receiver.homes, receiver.device
     try:
-        return Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB)
+        return Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB), ""
     except NoRoomForShadow as refused:
         logger.warning("%s", refused)
-        return refused
+        return None, str(refused)
 
 
 def _refresh(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
@@ -373,38 +316,3 @@ def _sample(parameter: torch.Tensor) -> torch.Tensor:
     # Evenly over the memory that it has, whatever the order of its dimensions.
     spread = torch.as_strided(parameter, (count,), (parameter.numel() // count,), parameter.storage_offset())
     return spread.contiguous().view(torch.uint8)
-
-
-class Allocation(Protocol):
-    """The part of an allocation of vLLM's sleep mode that tells whether it has memory."""
-
-    tag: str
-    is_asleep: bool
-
-
-class Allocator(Protocol):
-    """The part of vLLM's sleep-mode allocators, in 0.26 as in 0.32, that tells what it holds."""
-
-    pointer_to_data: Mapping[int, Allocation]
-
-
-def weights_asleep(allocators: Iterable[Allocator]) -> bool:
-    """Whether any of the weights has no memory."""
-    return any(
-        allocation.is_asleep and allocation.tag == "weights"
-        for allocator in allocators
-        for allocation in allocator.pointer_to_data.values()
-    )
-
-
-def refuse_asleep(asleep: bool) -> None:
-    """Raises OutOfOrder for an engine whose weights are asleep: writing to them would end the process."""
-    if asleep:
-        raise OutOfOrder("the engine sleeps, and its weights have no memory", remedy="wake up its weights first")
-
-
-def _allocators() -> list[Allocator]:
-    """Those of this process. Without sleep mode nobody has imported them, and they need not load everywhere."""
-    modules = (("vllm.device_allocator.cumem", "CuMemAllocator"), ("vllm.device_allocator.xpumem", "XpuMemAllocator"))
-    classes = [getattr(sys.modules[module], name) for module, name in modules if module in sys.modules]
-    return [allocator.instance for allocator in classes if allocator.instance is not None]

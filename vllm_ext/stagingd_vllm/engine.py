@@ -37,8 +37,9 @@ import vllm
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from stagingd.errors import OutOfOrder
-from stagingd_vllm.attachment import Attachment, groups_of
+from stagingd_vllm.attachment import Attachment
 from stagingd_vllm.outcomes import PEERS_S, RefusedByAll, refuse_once, together
+from stagingd_vllm.place import groups_of
 from stagingd_vllm.versions import EngineNotSupported, check_base
 
 try:

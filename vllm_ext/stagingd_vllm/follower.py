@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -158,9 +159,9 @@ class Follower:
             if not waiting.done():
                 waiting.cancel()
                 self._raise_what_ended_it()
-            assert self.version is not None  # it differs from what it was
-            last = self.version
-            yield last
+            if self.version is not None:
+                last = self.version
+                yield last
 
     async def hold(self, version: int) -> None:
         """Make a version live that is still in the buffer, such as the one before, and stay there until ``follow``.
@@ -174,7 +175,7 @@ class Follower:
                 if version != self.version:
                     await self._take(version=version)
             except StagingError:
-                self._following = before
+                self._following = self._following or before  # unless it was told to go on meanwhile
                 raise
 
     def follow(self) -> None:
@@ -199,7 +200,8 @@ class Follower:
             await self._call(self._llm.collective_rpc("stagingd_detach"))
             answers = await self._attach_workers(0.0)
         self.mode, self._engine = answers[0]["mode"], answers[0]["engine"]
-        replicas = [one for one in (await self._status()).engines if one.startswith(f"{self._attaching['engine']}-dp")]
+        replica = re.compile(re.escape(self._attaching["engine"]) + r"-dp\d+")
+        replicas = [one for one in (await self._status()).engines if replica.fullmatch(one)]
         if replicas:
             await self._call(self._llm.collective_rpc("stagingd_detach"))
             raise EngineNotSupported(
@@ -302,7 +304,9 @@ class Follower:
     async def _listen(self) -> None:
         while True:
             event = wire.decode_event((await self._events.recv_multipart())[1])
-            if event.stage == self._stage and event.event == "sealed":
+            if event.stage != self._stage:  # one whose name begins like this one's
+                continue
+            if event.event == "sealed":
                 self._sealed.set()
             elif event.event == "lease_lost" or (
                 event.event == "released" and event.detail == f"engine {self._engine!r}"
@@ -322,7 +326,7 @@ class Follower:
 
     async def _hold_back(self, *, clear_cache: bool = False) -> None:
         if not self._held_back or clear_cache:
-            self._held_back = True
+            self._held_back = True  # before: a call that failed may have stopped it
             await self._call(self._llm.pause_generation(mode="keep", clear_cache=clear_cache))
 
     async def _let_go(self) -> None:

@@ -62,7 +62,7 @@ class Prefetcher:
         def run() -> None:
             try:
                 outcome.set_result(self._read(version, newer_than, deadline))
-            except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where one asks for the outcome
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where one asks for the outcome
                 outcome.set_exception(error)
 
         self._outcome = outcome
