@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from live_model import SCHEMES, Parallel, tensors
 from private_stage import PrivateStage, by_rows, private_stage
+from queued_device import QueuedDevice
+from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.layouts import homes
+from stagingd_vllm.pace import Pace, Steps
 from stagingd_vllm.plan import Computed, PlanEntry, ReadPlan, Region
 from stagingd_vllm.receiver import Receiver
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
+from stagingd_vllm.writer import Writer
 
 from stagingd.boxes import whole
 
@@ -33,8 +38,14 @@ def stage() -> Iterator[PrivateStage]:
         yield made
 
 
-def shadow_of(worker: Parallel, stage: PrivateStage, budget: float = GIB, device: torch.device = CPU) -> Shadow:
-    return Shadow(worker.plan, homes(worker.model), stage.catalog, ScaleRule(), device, budget)
+def shadow_of(
+    worker: Parallel,
+    stage: PrivateStage,
+    budget: float = GIB,
+    device: torch.device = CPU,
+    through: CopyEngine | None = None,
+) -> Shadow:
+    return Shadow(worker.plan, homes(worker.model), stage.catalog, ScaleRule(), device, budget, through)
 
 
 def memory(worker: Parallel) -> dict[str, bytes]:
@@ -129,9 +140,40 @@ def test_tensors_that_only_the_models_own_loader_can_take_are_read_in_place(stag
         Shadow(replace(worker.plan, computed=(computed,)), homes(worker.model), stage.catalog, ScaleRule(), CPU, GIB)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_swap_on_a_gpu_gives_what_an_update_in_place_gives(stage: PrivateStage, scheme: str) -> None:
+def test_by_way_of_a_copy_engine_the_same_is_written(stage: PrivateStage, scheme: str, rank: int) -> None:
+    updated, brought = Parallel(scheme, rank, 2), Parallel(scheme, rank, 2)
+    device = QueuedDevice(rank)
+    through = CopyEngine(device, Pace(Steps(device.computing.mark)), 16 * 1024)  # type: ignore[arg-type]
+    live = homes(brought.model)
+    writer = Writer(brought.plan, live, stage.catalog, ScaleRule(), CPU, beside=True, through=through)
+    receiver = Receiver(updated.model, updated.plan, stage)
+    for version in (1, 2):
+        lease = stage.lease(version)
+        with through.at_work():
+            writer.write(lease.slot, lease.stored)
+        device.synchronize()
+        receiver.apply(stage.lease(version))
+        assert memory(brought) == memory(updated)
+
+
+def test_the_buffers_count_as_what_a_shadow_takes(stage: PrivateStage) -> None:
+    worker = Parallel("plain", 0, 1)
+    needed = shadow_of(worker, stage).bytes
+    device = QueuedDevice()
+    through = CopyEngine(device, Pace(Steps(device.computing.mark)), 16 * 1024)  # type: ignore[arg-type]
+    with pytest.raises(NoRoomForShadow, match="no shadow"):
+        shadow_of(worker, stage, needed + through.nbytes - 1, through=through)
+    assert shadow_of(worker, stage, needed + through.nbytes, through=through).bytes == needed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_copy_engine", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_swap_on_a_gpu_gives_what_an_update_in_place_gives(
+    stage: PrivateStage, scheme: str, by_copy_engine: bool
+) -> None:
     """The engine's stream computes with the live weights until the copy, and the next version waits for that."""
     worker, device = Parallel(scheme, 1, 2, "cuda"), torch.device("cuda", 0)
     receiver = Receiver(worker.model, worker.plan, stage)
@@ -140,7 +182,7 @@ def test_a_swap_on_a_gpu_gives_what_an_update_in_place_gives(stage: PrivateStage
         for version in (1, 2):
             receiver.apply(stage.lease(version))
             updated.append(memory(worker))
-        shadow = shadow_of(worker, stage, device=device)
+        shadow = shadow_of(worker, stage, device=device, through=on_gpu(device) if by_copy_engine else None)
         swapped = []
         for version in (1, 2, 1):
             write(shadow, stage, version)
@@ -151,6 +193,12 @@ def test_a_swap_on_a_gpu_gives_what_an_update_in_place_gives(stage: PrivateStage
         receiver.close()
     assert swapped == [*updated, updated[0]]
     assert updated[0] != updated[1]
+
+
+def on_gpu(device: torch.device) -> CopyEngine:
+    from stagingd_vllm.cuda_copies import CudaCopies, mark_current  # noqa: PLC0415 - there is none without CUDA
+
+    return CopyEngine(CudaCopies(device), Pace(Steps(partial(mark_current, device))), 16 * 1024)
 
 
 @pytest.mark.gpu

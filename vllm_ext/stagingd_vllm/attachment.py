@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
+from stagingd_vllm.beside import paced
+from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.derived import refresh_derived
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
@@ -62,6 +64,7 @@ class Attachment:
         shadow: what versions are prefetched into; without it they are read in place.
         in_place_because: why there is no shadow.
         groups: their product is the engine.
+        unwatch: stops watching the engine's steps.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Attachment:
         shadow: Shadow | None = None,
         in_place_because: str = NOT_ASKED_FOR,
         groups: Sequence[Voters] = (),
+        unwatch: Callable[[], None] = lambda: None,
     ) -> None:
         self.place = place
         self.reader = reader
@@ -82,6 +86,7 @@ class Attachment:
         self._in_place_because = in_place_because
         self._prefetcher = Prefetcher(reader, self._write_to_shadow)
         self._groups = groups
+        self._unwatch = unwatch
         self._witness: torch.Tensor | None = None
 
     @classmethod
@@ -91,6 +96,7 @@ class Attachment:
         *,
         model: torch.nn.Module,
         vllm_config: VllmConfig,
+        runner: object | None = None,
         socket: str | None = None,
         engine: str = "engine",
         scale_rule: str = "amax",
@@ -103,6 +109,7 @@ class Attachment:
             stage: name of the stage.
             model: the worker's live model.
             vllm_config: the configuration that it was made from.
+            runner: the worker's model runner, whose steps prefetching keeps to; without it, it costs more.
             socket: the daemon's socket; None for the usual one.
             engine: what this engine is called; its workers change versions together. Data-parallel replicas add
                 their number to it.
@@ -131,10 +138,12 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.callback(receiver.close)
-            shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib)
+            through, unwatch = paced(runner, model, receiver.device) if prefetch_gib > 0 else (None, lambda: None)
+            undo.callback(unwatch)
+            shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib, through)
             undo.pop_all()
         groups = groups_of(vllm_config.parallel_config)
-        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups)
+        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups, unwatch)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -289,18 +298,21 @@ class Attachment:
         Raises:
             DeadlineExceeded: a version is being prefetched, and does not end.
         """
+        self._unwatch()
         self._prefetcher.close(READ_S)
         self.receiver.close()
         self.reader.close()
 
 
-def _shadow(receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float) -> tuple[Shadow | None, str]:
+def _shadow(
+    receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float, through: CopyEngine | None
+) -> tuple[Shadow | None, str]:
     """What versions are prefetched into, or why there is none."""
     if prefetch_gib <= 0:
         return None, NOT_ASKED_FOR
     plan, homes, device = receiver.plan, receiver.homes, receiver.device
     try:
-        return Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB), ""
+        return Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB, through), ""
     except NoRoomForShadow as refused:
         logger.warning("%s", refused)
         return None, str(refused)

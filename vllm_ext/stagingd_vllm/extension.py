@@ -28,6 +28,7 @@ class Worker(Protocol):
     """The part of a vLLM worker that the extension uses, with the extension's own state."""
 
     vllm_config: VllmConfig
+    model_runner: object
     stagingd_attachment: Attachment | None
 
     def get_model(self) -> torch.nn.Module: ...
@@ -80,6 +81,7 @@ class StagingdWorkerExtension:
             stage,
             model=self.get_model(),
             vllm_config=self.vllm_config,
+            runner=self.model_runner,
             socket=socket,
             engine=engine,
             scale_rule=scale_rule,

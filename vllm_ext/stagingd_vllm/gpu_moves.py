@@ -21,6 +21,8 @@ from stagingd_vllm.moves import ALIGNMENT, JOB_COLUMNS, Kind, KindTable, MoveRef
 WARPS: Final = 8
 PROGRAMS: Final = 64
 """Enough for the link's full speed with rows as narrow as 128 bytes."""
+PROGRAMS_LANDED: Final = 264
+"""Two for each multiprocessor, where the bytes are on the device already."""
 PROGRAMS_BESIDE: Final = 4
 """What disturbs a generating engine least, per byte: it loses 3 to 4 % while they run."""
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)

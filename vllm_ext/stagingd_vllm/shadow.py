@@ -16,6 +16,7 @@ import torch
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
+from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.plan import ReadPlan
 from stagingd_vllm.scales import ScaleRule
@@ -44,6 +45,7 @@ class Shadow:
         rule: how scales follow from moments.
         device: where they live.
         budget: bytes that it may take on the device.
+        through: what brings the bytes to the device; a kernel reads them from the slot without it.
 
     Raises:
         NoRoomForShadow: it would take more, or the device has not so much left; or the model's own loader has to fill
@@ -59,14 +61,16 @@ class Shadow:
         rule: ScaleRule,
         device: torch.device,
         budget: float,
+        through: CopyEngine | None = None,
     ) -> None:
         homes = {name: homes[name] for name in plan.parameters}
         self.bytes = sum(tensor.nbytes for home in homes.values() for tensor in _tensors(home))
         in_place = f"in place, where generation stops for {plan.bytes_per_update / LINK * 1e3:.0f} ms or more each time"
         if plan.computed:
             raise _no_room(f"tensor {plan.computed[0].tensor} goes through the model's own loader", in_place)
-        if self.bytes > budget:
-            raise _no_room(f"it takes {self.bytes / GIB:.2f} GiB, and {budget / GIB:.2f} GiB are allowed", in_place)
+        takes = self.bytes + (through.nbytes if through else 0)
+        if takes > budget:
+            raise _no_room(f"it takes {takes / GIB:.2f} GiB, and {budget / GIB:.2f} GiB are allowed", in_place)
         try:
             shadows = {name: _shadow_of(home) for name, home in homes.items()}
         except torch.OutOfMemoryError as error:
@@ -77,7 +81,8 @@ class Shadow:
             for name, home in homes.items()
             for live, shadow in zip(_tensors(home), _tensors(shadows[name]), strict=True)
         )
-        self._writer = Writer(plan, shadows, catalog, rule, device, beside=True)
+        self._writer = Writer(plan, shadows, catalog, rule, device, beside=True, through=through)
+        self._through = through
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
 
@@ -99,6 +104,8 @@ class Shadow:
             context.callback(self._stream.synchronize)
             if self._copied is not None:
                 self._stream.wait_event(self._copied)
+            if self._through is not None:
+                context.enter_context(self._through.at_work())
             return self._writer.write(slot, stored)
 
     def copy_to_live(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from stagingd.catalog import Catalog
 from stagingd.moments import StoredMoments
 from stagingd_vllm.carriers import Carrier, carrier
+from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.plan import ReadPlan
@@ -37,6 +38,7 @@ class Writer:
         rule: how scales follow from moments.
         device: where the parameters are.
         beside: whether the device computes meanwhile; then the writes take the smallest share that they can.
+        through: what brings the weights' bytes to the device; kernels read them from the slot without it.
 
     Raises:
         PlanRefused, OutOfOrder: as ``make_recipe`` says.
@@ -51,13 +53,15 @@ class Writer:
         device: torch.device,
         *,
         beside: bool = False,
+        through: CopyEngine | None = None,
     ) -> None:
         self._beside = beside
         self._parts = []
         for part in in_parts(plan, homes):
             recipe = make_recipe(part, homes, catalog, rule)
             scales = LiveScales(recipe, device, beside=beside)
-            self._parts.append(Part(scales, carrier(recipe.moves, device, beside=beside)))
+            weights = through.carrier(recipe.moves) if through else carrier(recipe.moves, device, beside=beside)
+            self._parts.append(Part(scales, weights))
 
     def write(self, slot: torch.Tensor, stored: StoredMoments) -> None:
         """Write a version; on a GPU this is work of the current stream, and has to be done before the next.

@@ -1,0 +1,172 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""By way of a copy engine and its buffers, live memory becomes what the reference makes it, in whatever order the
+device does what it was given; and how much it is given at a time."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from move_sets import MoveSet, aligned, move_sets
+from queued_device import RATE, CopyRefused, QueuedDevice
+from stagingd_vllm.copy_engine import BUFFERS, FIRST_RATE, CopyEngine
+from stagingd_vllm.move_reference import run_moves
+from stagingd_vllm.moves import Move, MoveRefused, Treatment
+from stagingd_vllm.pace import Pace, Steps
+
+BUFFER = 4096
+MIB = 2**20
+
+
+class Admitting:
+    """Admits everything at once; ``asked`` are the seconds that it was asked for."""
+
+    def __init__(self, *, idle: bool) -> None:
+        self.idle = idle
+        self.asked: list[float] = []
+
+    def watching(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def admit(self, seconds: float) -> None:
+        self.asked.append(seconds)
+
+
+def engine_of(device: Any, *, idle: bool = False, size: int = BUFFER) -> tuple[CopyEngine, Admitting]:
+    pace = Admitting(idle=idle)
+    return CopyEngine(device, pace, size), pace  # type: ignore[arg-type]
+
+
+def expected(made: MoveSet, slot: torch.Tensor) -> torch.Tensor:
+    live = aligned(made.live.numel())
+    live.copy_(made.live)
+    run_moves(made.at(live.data_ptr()), slot)
+    return live
+
+
+@settings(deadline=None, max_examples=100)
+@given(move_sets(), st.booleans(), st.integers(0, 2**32))
+def test_one_version_after_another_is_carried_whole(made: MoveSet, idle: bool, seed: int) -> None:
+    made = MoveSet([move for move in made.moves if move.treatment is not Treatment.PEAK], made.slot, made.live)
+    live = aligned(made.live.numel())
+    live.copy_(made.live)
+    device = QueuedDevice(seed)
+    carrier = engine_of(device, idle=idle)[0].carrier(made.at(live.data_ptr()))
+    for slot in (made.slot, made.slot.clone().zero_(), made.slot):
+        placed = aligned(slot.numel())
+        placed.copy_(slot)
+        carrier.carry(placed)
+        device.synchronize()
+        placed.fill_(0x77)  # the slot has been given back
+        assert torch.equal(live, expected(made, slot))
+
+
+def rows(number: int, columns: int = 512) -> tuple[list[Move], torch.Tensor, torch.Tensor]:
+    """Matrices that fill a small buffer each, their slot, and where they go."""
+    slot, live = aligned(number * 2 * columns), aligned(number * 2 * columns)
+    slot.copy_(torch.arange(slot.numel()) % 251)
+    one = Move(0, columns, 1, 1, columns, 0, columns, 1, "bfloat16", "bfloat16", Treatment.COPY)
+    moves = [replace(one, source=2 * columns * n, target=live.data_ptr() + 2 * columns * n) for n in range(number)]
+    return moves, slot, live
+
+
+def test_while_nobody_generates_two_buffers_are_on_their_way_and_no_more() -> None:
+    moves, slot, live = rows(40)
+    device = QueuedDevice()
+    on_their_way = []
+
+    class Looking(Admitting):
+        def admit(self, seconds: float) -> None:
+            super().admit(seconds)
+            begun = len(self.asked) - 1
+            on_their_way.append(begun - device.computing.done // 2)  # a wait and the moves, for each
+
+    engine = CopyEngine(device, Looking(idle=True), BUFFER)  # type: ignore[arg-type]
+    engine.carrier(moves).carry(slot)
+    assert max(on_their_way) <= BUFFERS
+    device.synchronize()
+    assert torch.equal(live, slot)
+
+
+def test_while_it_generates_the_host_waits_for_no_copy() -> None:
+    moves, slot, live = rows(40)
+    device = QueuedDevice()
+    engine_of(device)[0].carrier(moves).carry(slot)
+    assert device.computing.done == device.copying.done == 0
+    device.synchronize()
+    assert torch.equal(live, slot)
+
+
+def test_copies_wait_for_the_inputs_of_their_step() -> None:
+    moves, slot, live = rows(4)
+    device = QueuedDevice()
+    steps = Steps(device.computing.mark)
+    engine = CopyEngine(device, Pace(steps), BUFFER)  # type: ignore[arg-type]
+    live.zero_()
+    taken = list[int]()
+    with engine.at_work():
+        device.computing.work(lambda: taken.append(int(live.sum())))
+        steps.began()
+        steps.began()
+        engine.carrier(moves).carry(slot)
+    device.synchronize()
+    assert taken == [0]
+    assert torch.equal(live, slot)
+
+
+def test_the_pace_is_asked_for_what_the_last_copies_took() -> None:
+    moves, slot, _ = rows(8, columns=MIB // 2)
+    device = QueuedDevice()
+    engine, pace = engine_of(device, idle=True, size=MIB + 4096)
+    engine.carrier(moves).carry(slot)
+    device.synchronize()
+    assert pace.asked[:BUFFERS] == [MIB / FIRST_RATE] * BUFFERS, "nothing has crossed yet"
+    assert pace.asked[-1] == pytest.approx(MIB / RATE)
+
+
+def test_what_was_handed_over_before_a_copy_failed_is_waited_for() -> None:
+    moves, _, _ = rows(3)
+    apart = [replace(move, source=move.source // 1024 * 512 * 1024) for move in moves]
+    device = QueuedDevice()
+    engine, _ = engine_of(device, size=MIB)
+    carrier = engine.carrier([*apart[:2], replace(apart[2], columns=64)])
+    device.refused = 128
+    with pytest.raises(CopyRefused):
+        carrier.carry(aligned(2 * MIB))
+    device.synchronize()
+    assert not device.copying.waiting
+
+
+def test_a_slot_that_is_too_small_is_refused() -> None:
+    moves, slot, _ = rows(2)
+    with pytest.raises(MoveRefused, match="reach to byte 2048 of a slot of 2047"):
+        engine_of(QueuedDevice())[0].carrier(moves).carry(slot[:-1])
+
+
+def test_the_buffers_are_told_of() -> None:
+    assert engine_of(QueuedDevice())[0].nbytes == BUFFERS * BUFFER
+
+
+@pytest.mark.gpu
+@settings(deadline=None, max_examples=20)
+@given(move_sets(), st.booleans())
+def test_on_a_gpu_one_version_after_another_is_carried_whole(made: MoveSet, idle: bool) -> None:
+    from stagingd_vllm.cuda_copies import CudaCopies  # noqa: PLC0415 - there is no such module without CUDA
+
+    made = MoveSet([move for move in made.moves if move.treatment is not Treatment.PEAK], made.slot, made.live)
+    live = aligned(made.live.numel(), "cuda")
+    carrier = engine_of(CudaCopies(torch.device("cuda", 0)), idle=idle)[0].carrier(made.at(live.data_ptr()))
+    for slot in (made.slot, made.slot.clone().zero_(), made.slot):
+        live.copy_(made.live)
+        placed = aligned(slot.numel(), pinned=True)
+        placed.copy_(slot)
+        carrier.carry(placed)
+        torch.cuda.current_stream().synchronize()
+        placed.fill_(0x77)
+        assert torch.equal(live.cpu(), expected(made, slot))

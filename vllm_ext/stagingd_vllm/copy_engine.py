@@ -1,0 +1,193 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""Carrying moves out by way of two buffers on the device: one is filled while what is in the other is treated.
+
+Copies take none of the device's multiprocessors; treating what has landed takes all of them, for some microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from stagingd_vllm.crossings import Copy, Crossing, crossings
+from stagingd_vllm.moves import Move, MoveRefused
+from stagingd_vllm.pace import Pace
+
+BUFFER_BYTES: Final = 32 * 2**20
+"""At least 0.6 ms of a link: many times what the host needs to ask for the next."""
+BUFFERS: Final = 2
+FIRST_RATE: Final = 20e9
+"""Bytes a second, until it has been measured."""
+TELLING: Final = 2**20
+"""Bytes of a crossing whose time tells the rate."""
+
+Treat = Callable[[int], None]
+"""Starts carrying out some moves on the device's current queue, from an address."""
+
+
+class Mark(Protocol):
+    """A point in a queue."""
+
+    @property
+    def reached(self) -> bool:
+        """Whether everything queued before it is done. Never waits."""
+
+    def wait(self) -> None:
+        """Wait until it is."""
+
+    def seconds_since(self, earlier: Mark) -> float:
+        """Between two points that have been reached."""
+
+
+class Queue(Protocol):
+    """Work that a device does in order, while the host goes on."""
+
+    def mark(self) -> Mark:
+        """The point after everything queued so far."""
+
+    def after(self, mark: Mark) -> None:
+        """What is queued from now on waits for a mark; the host does not."""
+
+    def copy(self, copy: Copy, slot: int, buffer: int) -> None:
+        """Copy to the device.
+
+        Args:
+            copy: which bytes.
+            slot, buffer: addresses that the copy's places are counted from.
+        """
+
+
+class Device(Protocol):
+    """The device that the live weights are on."""
+
+    @property
+    def copying(self) -> Queue:
+        """The queue of copies."""
+
+    def current(self) -> Queue:
+        """The queue that the calling thread's computations go to."""
+
+    def buffer(self, size: int) -> int:
+        """The address of memory on the device, which lives as long as this object."""
+
+    def treating(self, moves: Sequence[Move], *, landed: bool) -> Treat:
+        """Get ready to carry moves out, from a buffer where they have landed, or else from the slot itself."""
+
+
+@dataclass
+class _Buffer:
+    address: int
+    bytes: int = 0
+    begun: Mark | None = None
+    landed: Mark | None = None
+    treated: Mark | None = None
+
+
+class CopyEngine:
+    """A device's copy engine, and buffers for what it brings.
+
+    Args:
+        device: whose.
+        pace: when copies may be handed to it.
+        size: bytes of a buffer.
+    """
+
+    def __init__(self, device: Device, pace: Pace[Mark], size: int = BUFFER_BYTES) -> None:
+        self._device = device
+        self._pace = pace
+        self._size = size
+        self._rate = FIRST_RATE
+        self._buffers = [_Buffer(device.buffer(size)) for _ in range(BUFFERS)]
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the buffers take."""
+        return self._size * BUFFERS
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """While it is open, the pace admits copies."""
+        return self._pace.watching()
+
+    def carrier(self, moves: Sequence[Move]) -> BufferedCarrier:
+        """Who carries moves out by way of the buffers. Raises MoveRefused: a move contradicts itself."""
+        return BufferedCarrier(moves, self, self._device, self._size)
+
+    def cross(self, copies: Sequence[Copy], slot: int, treat: Treat) -> None:
+        """Start copies into the next buffer, and what is done with it on the device's current queue.
+
+        Waits until they may be handed to the device, and not for the device.
+
+        Args:
+            copies: they fit a buffer.
+            slot: address of the slot.
+            treat: carries out the moves whose sources are in the buffer.
+        """
+        buffer = self._buffers.pop(0)
+        self._buffers.append(buffer)
+        self._measure(buffer)
+        copying, current = self._device.copying, self._device.current()
+        size = sum(copy.bytes for copy in copies)
+        inputs = self._pace.admit(size / self._rate)
+        if buffer.treated is not None:
+            if self._pace.idle:
+                buffer.treated.wait()  # so that a step that begins finds no more than two buffers on their way
+            copying.after(buffer.treated)
+        if inputs is not None:
+            copying.after(inputs)
+        begun = copying.mark()
+        try:
+            for copy in copies:
+                copying.copy(copy, slot, buffer.address)
+        finally:
+            landed = copying.mark()
+            current.after(landed)  # whatever failed: who waits for the current queue waits for the copies
+        treat(buffer.address)
+        buffer.bytes, buffer.begun, buffer.landed, buffer.treated = size, begun, landed, current.mark()
+
+    def _measure(self, buffer: _Buffer) -> None:
+        """Learn the link's rate from what crossed last in a buffer."""
+        if buffer.begun is None or buffer.landed is None or not buffer.landed.reached or buffer.bytes < TELLING:
+            return
+        seconds = buffer.landed.seconds_since(buffer.begun)
+        if seconds > 0:
+            self._rate = buffer.bytes / seconds
+
+
+class BufferedCarrier:
+    """One set of moves, from either slot. ``CopyEngine.carrier`` makes it."""
+
+    def __init__(self, moves: Sequence[Move], engine: CopyEngine, device: Device, size: int) -> None:
+        cut = crossings(moves, size)
+        self._engine = engine
+        self._end = max((move.source_end for move in moves), default=0)
+        self._crossings = [(crossing, device.treating(crossing.moves, landed=True)) for crossing in cut.buffered]
+        self._direct = device.treating(cut.direct, landed=False) if cut.direct else None
+
+    @property
+    def buffered(self) -> Sequence[Crossing]:
+        """What goes by way of buffers."""
+        return [crossing for crossing, _ in self._crossings]
+
+    def carry(self, slot: torch.Tensor) -> None:
+        """Start carrying all moves out, on the device's current queue, as the pace admits it.
+
+        Args:
+            slot: the slot's bytes: uint8, in this process's memory, registered with the device.
+
+        Raises:
+            MoveRefused: the slot is too small for the moves.
+        """
+        if slot.numel() < self._end:
+            raise MoveRefused(
+                f"moves reach to byte {self._end} of a slot of {slot.numel()}",
+                remedy="detach from the stage and attach again",
+            )
+        for crossing, treat in self._crossings:
+            self._engine.cross(crossing.copies, slot.data_ptr(), treat)
+        if self._direct is not None:
+            self._direct(slot.data_ptr())
