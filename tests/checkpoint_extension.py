@@ -7,12 +7,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Callable
+from typing import Any
 
 import stagingd_vllm.attachment
 import torch
 from private_stage import PrivateLease, by_rows, private_stage
 from safetensors.torch import load_file
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker
+from stagingd_vllm.step_hooks import watch
 
 from stagingd.aliases import Alias
 
@@ -55,7 +58,19 @@ stagingd_vllm.attachment.Reader = CheckpointReader  # type: ignore[assignment, a
 
 
 class CheckpointExtension(StagingdWorkerExtension):
-    """Also tells what the live weights are."""
+    """Also tells what the live weights are, and how many steps have been told of."""
+
+    stagingd_seen = 0
+    stagingd_unwatch: Callable[[], None] | None = None
+
+    def stagingd_watch(self: Any) -> None:
+        def began() -> None:
+            self.stagingd_seen += 1
+
+        self.stagingd_unwatch = watch(self.model_runner, self.get_model(), began)
+
+    def stagingd_steps(self: Any) -> int:
+        return self.stagingd_seen
 
     def stagingd_weights(self: Worker) -> dict[str, tuple[int, str]]:
         """Address and digest of every live parameter."""

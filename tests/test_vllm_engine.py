@@ -117,3 +117,11 @@ def test_a_stage_that_does_not_fit_is_refused_and_the_engine_goes_on(engine: Any
 def test_an_update_without_a_stage_is_refused(engine: Any) -> None:
     with pytest.raises(OutOfOrder, match="attached to no stage"):
         update(engine, 1)
+
+
+def test_each_step_is_told_of_before_the_model_computes_it(engine: Any) -> None:
+    """What prefetching on a GPU keeps to: the runner of this vLLM is one that is known."""
+    engine.collective_rpc("stagingd_watch")
+    (tokens, _), _ = generated(engine)
+    (steps,) = engine.collective_rpc("stagingd_steps")
+    assert len(tokens) <= steps <= len(tokens) + 2  # the runner may be a step or two ahead of the last token
