@@ -38,9 +38,13 @@ class Admitting:
         self.asked.append(seconds)
 
 
-def engine_of(device: Any, *, idle: bool = False, size: int = BUFFER) -> tuple[CopyEngine, Admitting]:
-    pace = Admitting(idle=idle)
-    return CopyEngine(device, pace, size), pace  # type: ignore[arg-type]
+PACES = st.sampled_from((None, Admitting(idle=False), Admitting(idle=True)))
+
+
+def carry(engine: CopyEngine, moves: list[Move], slot: torch.Tensor, pace: Any = None) -> None:
+    """At a pace, or, without one, all at once."""
+    with nullcontext() if pace is None else engine.paced(pace):
+        engine.carrier(moves).carry(slot)
 
 
 def expected(made: MoveSet, slot: torch.Tensor) -> torch.Tensor:
@@ -51,17 +55,17 @@ def expected(made: MoveSet, slot: torch.Tensor) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=100)
-@given(move_sets(), st.booleans(), st.integers(0, 2**32))
-def test_one_version_after_another_is_carried_whole(made: MoveSet, idle: bool, seed: int) -> None:
+@given(move_sets(), PACES, st.integers(0, 2**32))
+def test_one_version_after_another_is_carried_whole(made: MoveSet, pace: Admitting | None, seed: int) -> None:
     made = MoveSet([move for move in made.moves if move.treatment is not Treatment.PEAK], made.slot, made.live)
     live = aligned(made.live.numel())
     live.copy_(made.live)
     device = QueuedDevice(seed)
-    carrier = engine_of(device, idle=idle)[0].carrier(made.at(live.data_ptr()))
+    engine = CopyEngine(device, BUFFER)
     for slot in (made.slot, made.slot.clone().zero_(), made.slot):
         placed = aligned(slot.numel())
         placed.copy_(slot)
-        carrier.carry(placed)
+        carry(engine, made.at(live.data_ptr()), placed, pace)
         device.synchronize()
         placed.fill_(0x77)  # the slot has been given back
         assert torch.equal(live, expected(made, slot))
@@ -87,17 +91,17 @@ def test_while_nobody_generates_two_buffers_are_on_their_way_and_no_more() -> No
             begun = len(self.asked) - 1
             on_their_way.append(begun - device.computing.done // 2)  # a wait and the moves, for each
 
-    engine = CopyEngine(device, Looking(idle=True), BUFFER)  # type: ignore[arg-type]
-    engine.carrier(moves).carry(slot)
+    carry(CopyEngine(device, BUFFER), moves, slot, Looking(idle=True))
     assert max(on_their_way) <= BUFFERS
     device.synchronize()
     assert torch.equal(live, slot)
 
 
-def test_while_it_generates_the_host_waits_for_no_copy() -> None:
+@pytest.mark.parametrize("pace", [None, Admitting(idle=False)])
+def test_while_it_generates_or_stands_for_it_the_host_waits_for_no_copy(pace: Admitting | None) -> None:
     moves, slot, live = rows(40)
     device = QueuedDevice()
-    engine_of(device)[0].carrier(moves).carry(slot)
+    carry(CopyEngine(device, BUFFER), moves, slot, pace)
     assert device.computing.done == device.copying.done == 0
     device.synchronize()
     assert torch.equal(live, slot)
@@ -107,10 +111,10 @@ def test_copies_wait_for_the_inputs_of_their_step() -> None:
     moves, slot, live = rows(4)
     device = QueuedDevice()
     steps = Steps(device.computing.mark)
-    engine = CopyEngine(device, Pace(steps), BUFFER)  # type: ignore[arg-type]
+    engine = CopyEngine(device, BUFFER)
     live.zero_()
     taken = list[int]()
-    with engine.at_work():
+    with engine.paced(Pace(steps)):
         device.computing.work(lambda: taken.append(int(live.sum())))
         steps.began()
         steps.began()
@@ -123,8 +127,8 @@ def test_copies_wait_for_the_inputs_of_their_step() -> None:
 def test_the_pace_is_asked_for_what_the_last_copies_took() -> None:
     moves, slot, _ = rows(8, columns=MIB // 2)
     device = QueuedDevice()
-    engine, pace = engine_of(device, idle=True, size=MIB + 4096)
-    engine.carrier(moves).carry(slot)
+    pace = Admitting(idle=True)
+    carry(CopyEngine(device, MIB + 4096), moves, slot, pace)
     device.synchronize()
     assert pace.asked[:BUFFERS] == [MIB / FIRST_RATE] * BUFFERS, "nothing has crossed yet"
     assert pace.asked[-1] == pytest.approx(MIB / RATE)
@@ -134,11 +138,9 @@ def test_what_was_handed_over_before_a_copy_failed_is_waited_for() -> None:
     moves, _, _ = rows(3)
     apart = [replace(move, source=move.source // 1024 * 512 * 1024) for move in moves]
     device = QueuedDevice()
-    engine, _ = engine_of(device, size=MIB)
-    carrier = engine.carrier([*apart[:2], replace(apart[2], columns=64)])
     device.refused = 128
     with pytest.raises(CopyRefused):
-        carrier.carry(aligned(2 * MIB))
+        carry(CopyEngine(device, MIB), [*apart[:2], replace(apart[2], columns=64)], aligned(2 * MIB))
     device.synchronize()
     assert not device.copying.waiting
 
@@ -146,27 +148,27 @@ def test_what_was_handed_over_before_a_copy_failed_is_waited_for() -> None:
 def test_a_slot_that_is_too_small_is_refused() -> None:
     moves, slot, _ = rows(2)
     with pytest.raises(MoveRefused, match="reach to byte 2048 of a slot of 2047"):
-        engine_of(QueuedDevice())[0].carrier(moves).carry(slot[:-1])
+        carry(CopyEngine(QueuedDevice(), BUFFER), moves, slot[:-1])
 
 
 def test_the_buffers_are_told_of() -> None:
-    assert engine_of(QueuedDevice())[0].nbytes == BUFFERS * BUFFER
+    assert CopyEngine(QueuedDevice(), BUFFER).nbytes == BUFFERS * BUFFER
 
 
 @pytest.mark.gpu
 @settings(deadline=None, max_examples=20)
-@given(move_sets(), st.booleans())
-def test_on_a_gpu_one_version_after_another_is_carried_whole(made: MoveSet, idle: bool) -> None:
+@given(move_sets(), PACES)
+def test_on_a_gpu_one_version_after_another_is_carried_whole(made: MoveSet, pace: Admitting | None) -> None:
     from stagingd_vllm.cuda_copies import CudaCopies  # noqa: PLC0415 - there is no such module without CUDA
 
     made = MoveSet([move for move in made.moves if move.treatment is not Treatment.PEAK], made.slot, made.live)
     live = aligned(made.live.numel(), "cuda")
-    carrier = engine_of(CudaCopies(torch.device("cuda", 0)), idle=idle)[0].carrier(made.at(live.data_ptr()))
+    engine = CopyEngine(CudaCopies(torch.device("cuda", 0)), BUFFER)
     for slot in (made.slot, made.slot.clone().zero_(), made.slot):
         live.copy_(made.live)
         placed = aligned(slot.numel(), pinned=True)
         placed.copy_(slot)
-        carrier.carry(placed)
+        carry(engine, made.at(live.data_ptr()), placed, pace)
         torch.cuda.current_stream().synchronize()
         placed.fill_(0x77)
         assert torch.equal(live.cpu(), expected(made, slot))

@@ -5,17 +5,18 @@ place, byte for byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from live_model import SCHEMES, Parallel, tensors
 from private_stage import PrivateStage, by_rows, private_stage
 from queued_device import QueuedDevice
-from stagingd_vllm.copy_engine import CopyEngine
+from stagingd_vllm.copy_engine import CopyEngine, Paced
 from stagingd_vllm.layouts import homes
 from stagingd_vllm.pace import Pace, Steps
 from stagingd_vllm.plan import Computed, PlanEntry, ReadPlan, Region
@@ -43,9 +44,13 @@ def shadow_of(
     stage: PrivateStage,
     budget: float = GIB,
     device: torch.device = CPU,
-    through: CopyEngine | None = None,
+    through: Paced | None = None,
 ) -> Shadow:
     return Shadow(worker.plan, homes(worker.model), stage.catalog, ScaleRule(), device, budget, through)
+
+
+def paced(device: Any, mark: Callable[[], Any]) -> Paced:
+    return Paced(CopyEngine(device, 16 * 1024), Pace(Steps(mark)))
 
 
 def memory(worker: Parallel) -> dict[str, bytes]:
@@ -145,9 +150,9 @@ def test_tensors_that_only_the_models_own_loader_can_take_are_read_in_place(stag
 def test_by_way_of_a_copy_engine_the_same_is_written(stage: PrivateStage, scheme: str, rank: int) -> None:
     updated, brought = Parallel(scheme, rank, 2), Parallel(scheme, rank, 2)
     device = QueuedDevice(rank)
-    through = CopyEngine(device, Pace(Steps(device.computing.mark)), 16 * 1024)  # type: ignore[arg-type]
+    through = paced(device, device.computing.mark)
     live = homes(brought.model)
-    writer = Writer(brought.plan, live, stage.catalog, ScaleRule(), CPU, beside=True, through=through)
+    writer = Writer(brought.plan, live, stage.catalog, ScaleRule(), CPU, beside=True, through=through.copies)
     receiver = Receiver(updated.model, updated.plan, stage)
     for version in (1, 2):
         lease = stage.lease(version)
@@ -162,10 +167,10 @@ def test_the_buffers_count_as_what_a_shadow_takes(stage: PrivateStage) -> None:
     worker = Parallel("plain", 0, 1)
     needed = shadow_of(worker, stage).bytes
     device = QueuedDevice()
-    through = CopyEngine(device, Pace(Steps(device.computing.mark)), 16 * 1024)  # type: ignore[arg-type]
+    through = paced(device, device.computing.mark)
     with pytest.raises(NoRoomForShadow, match="no shadow"):
-        shadow_of(worker, stage, needed + through.nbytes - 1, through=through)
-    assert shadow_of(worker, stage, needed + through.nbytes, through=through).bytes == needed
+        shadow_of(worker, stage, needed + through.copies.nbytes - 1, through=through)
+    assert shadow_of(worker, stage, needed + through.copies.nbytes, through=through).bytes == needed
 
 
 @pytest.mark.gpu
@@ -195,10 +200,10 @@ def test_a_swap_on_a_gpu_gives_what_an_update_in_place_gives(
     assert updated[0] != updated[1]
 
 
-def on_gpu(device: torch.device) -> CopyEngine:
+def on_gpu(device: torch.device) -> Paced:
     from stagingd_vllm.cuda_copies import CudaCopies, mark_current  # noqa: PLC0415 - there is none without CUDA
 
-    return CopyEngine(CudaCopies(device), Pace(Steps(partial(mark_current, device))), 16 * 1024)
+    return paced(CudaCopies(device), partial(mark_current, device))
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.beside import paced
-from stagingd_vllm.copy_engine import CopyEngine
+from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.derived import refresh_derived
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
@@ -305,7 +305,7 @@ class Attachment:
 
 
 def _shadow(
-    receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float, through: CopyEngine | None
+    receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float, through: Paced | None
 ) -> tuple[Shadow | None, str]:
     """What versions are prefetched into, or why there is none."""
     if prefetch_gib <= 0:

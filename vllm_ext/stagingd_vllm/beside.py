@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from stagingd_vllm.copy_engine import CopyEngine, Mark
+from stagingd_vllm.copy_engine import CopyEngine, Mark, Paced
 from stagingd_vllm.pace import Pace, Steps
 from stagingd_vllm.step_hooks import watch
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def paced(
     runner: object | None, model: torch.nn.Module, device: torch.device
-) -> tuple[CopyEngine | None, Callable[[], None]]:
+) -> tuple[Paced | None, Callable[[], None]]:
     """A device's copy engine, at the pace of a runner's steps.
 
     Args:
@@ -44,4 +44,4 @@ def paced(
             type(runner).__name__ if runner else "not given",
         )
         return None, lambda: None
-    return CopyEngine(CudaCopies(device), Pace(steps)), unwatch
+    return Paced(CopyEngine(CudaCopies(device)), Pace(steps)), unwatch

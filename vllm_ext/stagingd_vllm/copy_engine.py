@@ -3,12 +3,13 @@
 """Carrying moves out by way of two buffers on the device: one is filled while what is in the other is treated.
 
 Copies take none of the device's multiprocessors; treating what has landed takes all of them, for some microseconds.
+While the device computes for an engine, a pace says when copies may be handed to it; else they all are at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -93,13 +94,12 @@ class CopyEngine:
 
     Args:
         device: whose.
-        pace: when copies may be handed to it.
         size: bytes of a buffer.
     """
 
-    def __init__(self, device: Device, pace: Pace[Mark], size: int = BUFFER_BYTES) -> None:
+    def __init__(self, device: Device, size: int = BUFFER_BYTES) -> None:
         self._device = device
-        self._pace = pace
+        self._pace: Pace[Mark] | None = None
         self._size = size
         self._rate = FIRST_RATE
         self._buffers = [_Buffer(device.buffer(size)) for _ in range(BUFFERS)]
@@ -109,9 +109,15 @@ class CopyEngine:
         """Device memory that the buffers take."""
         return self._size * BUFFERS
 
-    def at_work(self) -> AbstractContextManager[None]:
-        """While it is open, the pace admits copies."""
-        return self._pace.watching()
+    @contextmanager
+    def paced(self, pace: Pace[Mark]) -> Iterator[None]:
+        """While it is open, copies keep to a pace."""
+        with pace.watching():
+            self._pace = pace
+            try:
+                yield
+            finally:
+                self._pace = None
 
     def carrier(self, moves: Sequence[Move]) -> BufferedCarrier:
         """Who carries moves out by way of the buffers. Raises MoveRefused: a move contradicts itself."""
@@ -120,7 +126,7 @@ class CopyEngine:
     def cross(self, copies: Sequence[Copy], slot: int, treat: Treat) -> None:
         """Start copies into the next buffer, and what is done with it on the device's current queue.
 
-        Waits until they may be handed to the device, and not for the device.
+        Waits until the pace, if there is one, admits them; not for the device, unless its engine is idle.
 
         Args:
             copies: they fit a buffer.
@@ -132,13 +138,10 @@ class CopyEngine:
         self._measure(buffer)
         copying, current = self._device.copying, self._device.current()
         size = sum(copy.bytes for copy in copies)
-        inputs = self._pace.admit(size / self._rate)
         if buffer.treated is not None:
-            if self._pace.idle:
-                buffer.treated.wait()  # so that a step that begins finds no more than two buffers on their way
             copying.after(buffer.treated)
-        if inputs is not None:
-            copying.after(inputs)
+        if self._pace is not None:
+            self._keep_pace(self._pace, buffer, size)
         begun = copying.mark()
         try:
             for copy in copies:
@@ -149,6 +152,13 @@ class CopyEngine:
         treat(buffer.address)
         buffer.bytes, buffer.begun, buffer.landed, buffer.treated = size, begun, landed, current.mark()
 
+    def _keep_pace(self, pace: Pace[Mark], buffer: _Buffer, size: int) -> None:
+        inputs = pace.admit(size / self._rate)
+        if inputs is not None:
+            self._device.copying.after(inputs)
+        if pace.idle and buffer.treated is not None:
+            buffer.treated.wait()  # so that a step that begins finds no more than two buffers on their way
+
     def _measure(self, buffer: _Buffer) -> None:
         """Learn the link's rate from what crossed last in a buffer."""
         if buffer.begun is None or buffer.landed is None or not buffer.landed.reached or buffer.bytes < TELLING:
@@ -156,6 +166,18 @@ class CopyEngine:
         seconds = buffer.landed.seconds_since(buffer.begun)
         if seconds > 0:
             self._rate = buffer.bytes / seconds
+
+
+@dataclass(frozen=True)
+class Paced:
+    """A copy engine that keeps to a pace while it is at work."""
+
+    copies: CopyEngine
+    pace: Pace[Mark]
+
+    def at_work(self) -> AbstractContextManager[None]:
+        """While it is open, copies cross, at the pace."""
+        return self.copies.paced(self.pace)
 
 
 class BufferedCarrier:
@@ -174,7 +196,7 @@ class BufferedCarrier:
         return [crossing for crossing, _ in self._crossings]
 
     def carry(self, slot: torch.Tensor) -> None:
-        """Start carrying all moves out, on the device's current queue, as the pace admits it.
+        """Start carrying all moves out, on the device's current queue, as a pace admits it.
 
         Args:
             slot: the slot's bytes: uint8, in this process's memory, registered with the device.

@@ -16,7 +16,7 @@ import torch
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
-from stagingd_vllm.copy_engine import CopyEngine
+from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.plan import ReadPlan
 from stagingd_vllm.scales import ScaleRule
@@ -61,14 +61,14 @@ class Shadow:
         rule: ScaleRule,
         device: torch.device,
         budget: float,
-        through: CopyEngine | None = None,
+        through: Paced | None = None,
     ) -> None:
         homes = {name: homes[name] for name in plan.parameters}
         self.bytes = sum(tensor.nbytes for home in homes.values() for tensor in _tensors(home))
         in_place = f"in place, where generation stops for {plan.bytes_per_update / LINK * 1e3:.0f} ms or more each time"
         if plan.computed:
             raise _no_room(f"tensor {plan.computed[0].tensor} goes through the model's own loader", in_place)
-        takes = self.bytes + (through.nbytes if through else 0)
+        takes = self.bytes + (through.copies.nbytes if through else 0)
         if takes > budget:
             raise _no_room(f"it takes {takes / GIB:.2f} GiB, and {budget / GIB:.2f} GiB are allowed", in_place)
         try:
@@ -81,7 +81,9 @@ class Shadow:
             for name, home in homes.items()
             for live, shadow in zip(_tensors(home), _tensors(shadows[name]), strict=True)
         )
-        self._writer = Writer(plan, shadows, catalog, rule, device, beside=True, through=through)
+        self._writer = Writer(
+            plan, shadows, catalog, rule, device, beside=True, through=None if through is None else through.copies
+        )
         self._through = through
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
