@@ -6,7 +6,7 @@
 
 A batch generates so many tokens alone, and again while versions are prefetched and swapped in with nothing between
 them. Of each update's time the share that generation took longer is what the update cost. Two versions stand in the
-buffer and are taken in turns, so that no trainer computes on the engine's GPUs meanwhile.
+buffer and are taken in turns, so that no trainer computes on the engine's GPUs meanwhile. Only then does one publish.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read import NOT_RELOADED
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
-from benchmarks.staged import Staged, staged
+from benchmarks.staged import Staged, Trainer, served, staging
 from stagingd.errors import StagingError
 
 PROMPT = [1, 5, 9, 7]
@@ -76,12 +76,12 @@ async def generate(llm: Any, batch: int, tokens: int) -> Generation:
     return Generation(time.perf_counter() - begin, tuple(b - a for a, b in itertools.pairwise(came)))
 
 
-async def updates(follower: Follower, generating: asyncio.Task[Generation]) -> list[float]:
-    """Take two versions in turns until the last token; gives the seconds from asking for each to computing with it."""
+async def updates(follower: Follower, newest: int, generating: asyncio.Task[Generation]) -> list[float]:
+    """Take the newest version and the one before in turns until the last token; gives the seconds that each took."""
     took = []
     while not generating.done():
         begin = time.perf_counter()
-        await follower.hold(3 - (follower.version or 2))
+        await follower.hold(newest - 1 if follower.version == newest else newest)
         took.append(time.perf_counter() - begin)
     return took
 
@@ -106,20 +106,22 @@ class Beside:
         return [gap - step for gap in sorted(self.updated.gaps)[-len(self.took) :]]
 
 
-async def compare(llm: Any, follower: Follower, label: str, batch: int, tokens: int) -> Beside:
+async def compare(llm: Any, follower: Follower, newest: int, label: str, batch: int, tokens: int) -> Beside:
     """Generate alone, and then while versions are taken."""
     alone = await generate(llm, batch, tokens)
     generating = asyncio.create_task(generate(llm, batch, tokens))
-    took = await updates(follower, generating)
+    took = await updates(follower, newest, generating)
     if len(took) < LEAST_UPDATES:
         raise BenchmarkFailed(f"{label}: only {len(took)} updates while it generated", remedy="raise --tokens")
     return Beside(alone, await generating, tuple(took))
 
 
-async def beside(llm: Any, follower: Follower, label: str, batch: int, tokens: int, aim: float | None) -> list[Row]:
+async def beside(
+    llm: Any, follower: Follower, newest: int, label: str, batch: int, tokens: int, aim: float | None
+) -> list[Row]:
     """The figures of one size of batch."""
     await generate(llm, batch, 16)
-    found = [await compare(llm, follower, label, batch, tokens) for _ in range(REPEATS)]
+    found = [await compare(llm, follower, newest, label, batch, tokens) for _ in range(REPEATS)]
     rate = batch * tokens / statistics.median(one.alone.seconds for one in found)
     pause, took = (
         statistics.median(itertools.chain(*some)) for some in zip(*((o.pauses, o.took) for o in found), strict=True)
@@ -133,11 +135,31 @@ async def beside(llm: Any, follower: Follower, label: str, batch: int, tokens: i
     ]
 
 
+async def published(llm: Any, follower: Follower, trainer: Trainer, label: str, batch: int, tokens: int) -> list[Row]:
+    """From a trainer's last put to an engine that computes with the version, while it generates."""
+    follower.follow()
+    flushed, swapped = [], []
+    for _ in range(REPEATS):
+        generating = asyncio.create_task(generate(llm, batch, tokens))
+        version = await asyncio.to_thread(trainer.publish)
+        await follower.reached(version.version)
+        swapped.append(time.monotonic() - version.put)
+        flushed.append(version.sealed - version.put)
+        if generating.done():
+            raise BenchmarkFailed(f"{label}: the last token came before the version", remedy="raise --tokens")
+        await generating
+    return [
+        Row(f"{label}: from the last put to sealed", statistics.median(flushed) * 1e3, "ms", "lower"),
+        Row(f"{label}: from the last put to computing with it", statistics.median(swapped) * 1e3, "ms", "lower"),
+    ]
+
+
 async def measure(
     model: str,
     ranks: int,
     mode: str,
     stages: Staged,
+    trainer: Trainer,
     batches: list[int],
     tokens: int,
     gib: float,
@@ -172,7 +194,7 @@ async def measure(
     try:
         follower = Follower(llm, model, socket=stages.socket, prefetch_gib=gib, cache=Cache.KEEP)
         async with follower:
-            await follower.reached(2)
+            await follower.reached(trainer.newest)
             if follower.mode != "prefetch":
                 raise BenchmarkFailed(f"{label}: versions are read in place", remedy="raise --prefetch-gib")
             for told in await ask("stagingd_check"):
@@ -183,7 +205,9 @@ async def measure(
             found.append(Row(f"{label}: read in place, by an engine that stands", seconds * 1e3, "ms", "lower"))
             for batch in batches:
                 aim = LOST_AIMS.get(ranks)
-                found += await beside(llm, follower, f"{label}, batch {batch}", batch, tokens, aim)
+                found += await beside(llm, follower, trainer.newest, f"{label}, batch {batch}", batch, tokens, aim)
+            middle = batches[len(batches) // 2]
+            found += await published(llm, follower, trainer, f"{label}, batch {middle}", middle, tokens)
             if torch.cuda.is_available() and mode not in NOT_RELOADED:
                 times = await ask("stagingd_reload", times=3)
                 reloaded = max(statistics.median(rank["seconds"]) for rank in times)
@@ -209,9 +233,9 @@ def pause(
     console = Console(width=140)
     around = surroundings(model=model, modes=modes, tensor_parallel=sizes, batches=batches, tokens=tokens)
     found: list[Row] = []
-    with staged([model]) as stages:
+    with served() as stages, staging(model, stages) as trainer:
         for ranks, some in itertools.product(sizes, modes):
-            found += asyncio.run(measure(model, ranks, some, stages, batches, tokens, prefetch_gib))
+            found += asyncio.run(measure(model, ranks, some, stages, trainer, batches, tokens, prefetch_gib))
             report = Report("pause", machine_slug(machine), around, found)
             path = report.write(results)  # after every engine: they take minutes
     console.print(report.table())
