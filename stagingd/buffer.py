@@ -15,10 +15,7 @@ after the next change.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from enum import StrEnum
 
 from stagingd.errors import (
     LeaseLost,
@@ -28,88 +25,12 @@ from stagingd.errors import (
     VersionNotAvailable,
     VersionNotRising,
 )
+from stagingd.policy import Policy
+from stagingd.slots import Lease, Slot, SlotState
+from stagingd.waiting import Waiting, named
 
 REMEMBERED_LOSSES = 16
 """Leases taken away that are remembered: enough to tell a late rank why, and bounded for ever."""
-
-
-NAMED_RANKS = 16
-"""Ranks that a message names one by one: whom to look at first."""
-
-
-class Policy(StrEnum):
-    """What beginning a version does when a sealed one has not been read yet."""
-
-    BLOCK = "block"
-    """Wait until an engine has leased it: every version is read by somebody."""
-
-    LATEST = "latest"
-    """Go on: the sealed version becomes the front unread, and the old front is filled."""
-
-
-class SlotState(StrEnum):
-    """See the module's picture."""
-
-    FREE = "free"
-    FILLING = "filling"
-    SEALED = "sealed"
-    FRONT = "front"
-    DRAINING = "draining"
-
-
-@dataclass
-class Slot:
-    """One of the two copies. ``version`` is None exactly when the slot is free; it may then still hold one whole."""
-
-    index: int
-    state: SlotState = SlotState.FREE
-    version: int | None = None
-    kept: int | None = None
-    begun: set[int] = field(default_factory=set)
-    committed: set[int] = field(default_factory=set)
-
-    def clear(self) -> None:
-        """Give the slot back: nothing in it is worth anything any more."""
-        self.state, self.version, self.kept = SlotState.FREE, None, None
-        self.begun, self.committed = set(), set()
-
-
-@dataclass
-class Lease:
-    """A reader group's claim on a slot: every rank of the engine joins it and releases it once.
-
-    ``holding`` are the ranks that may be reading now, ``done`` those that have released it, ``gone`` those that
-    have left the engine: nobody waits for them, and whoever takes such a rank's place may join while it lasts.
-    ``until`` is the time at which it is taken away, on the clock of whoever granted it.
-    """
-
-    id: int
-    engine: str
-    ranks: int
-    slot: Slot
-    version: int
-    until: float
-    holding: set[int] = field(default_factory=set)
-    done: set[int] = field(default_factory=set)
-    gone: set[int] = field(default_factory=set)
-
-    @property
-    def complete(self) -> bool:
-        """Whether nobody needs it any more: no rank is awaited, or those that held it are gone and none has read it."""
-        return not self.missing or not (self.holding or self.done)
-
-    @property
-    def missing(self) -> list[int]:
-        """The ranks that it is kept for."""
-        return [rank for rank in range(self.ranks) if rank not in self.done and rank not in self.gone]
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Not yet: what is awaited, and from whom."""
-
-    what: str
-    peers: tuple[str, ...] = ()
 
 
 class DoubleBuffer:
@@ -496,13 +417,6 @@ class DoubleBuffer:
             version = slot.version
             slot.clear()
             slot.kept = version
-
-
-def named(what: str, ranks: Iterable[int]) -> tuple[str, ...]:
-    """The ranks one by one, the first of many: ``trainer rank 3``, …"""
-    first = list(itertools.islice(ranks, NAMED_RANKS + 1))
-    names = tuple(f"{what} {rank}" for rank in first[:NAMED_RANKS])
-    return names if len(first) <= NAMED_RANKS else (*names, "and more")
 
 
 def _ranks(ranks: Iterable[int]) -> str:

@@ -13,11 +13,11 @@ import structlog
 from pydantic import ValidationError
 
 from stagingd import catalog
-from stagingd.buffer import Waiting, named
 from stagingd.catalog import Catalog
 from stagingd.errors import CatalogMismatch, InternalError, SegmentUnreadable, StagingError
 from stagingd.record import Record
 from stagingd.segment import Segment
+from stagingd.waiting import Waiting, named
 from stagingd.wire import Declare, StageOptions
 
 log = structlog.get_logger()

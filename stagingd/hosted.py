@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 
 from stagingd import state, wire
-from stagingd.buffer import DoubleBuffer, Slot, Waiting
+from stagingd.buffer import DoubleBuffer
 from stagingd.declaration import Declaration, Terms
 from stagingd.errors import (
     CatalogMismatch,
@@ -26,7 +26,9 @@ from stagingd.errors import (
 from stagingd.nonfinite import nonfinite_tensors
 from stagingd.segment import Segment
 from stagingd.session import Session
+from stagingd.slots import Slot
 from stagingd.state import StageState
+from stagingd.waiting import Waiting
 
 log = structlog.get_logger()
 

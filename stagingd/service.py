@@ -18,7 +18,6 @@ import structlog
 
 from stagingd import segment, wire
 from stagingd.admission import check_admitted
-from stagingd.buffer import Waiting
 from stagingd.catalog import Catalog
 from stagingd.config import Settings
 from stagingd.declaration import Declaration, Submit
@@ -36,6 +35,7 @@ from stagingd.liveness import Processes
 from stagingd.recovery import Left, recover
 from stagingd.segment import Segment
 from stagingd.session import Peer, Session, Sessions
+from stagingd.waiting import Waiting
 
 log = structlog.get_logger()
 

@@ -10,9 +10,11 @@ from typing import Annotated
 import msgpack
 from pydantic import BeforeValidator, Field, ValidationError
 
-from stagingd.buffer import DoubleBuffer, Lease, Policy, Slot, SlotState
+from stagingd.buffer import DoubleBuffer
 from stagingd.errors import SegmentUnreadable
+from stagingd.policy import Policy
 from stagingd.record import Name, Rank, RankCount, Record, Version
+from stagingd.slots import Lease, Slot, SlotState
 
 
 def unpacked(packed: object) -> object:

@@ -19,10 +19,10 @@ from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from stagingd.aliases import Alias
 from stagingd.boxes import Box
-from stagingd.buffer import Policy
 from stagingd.catalog import GridName, TensorDeclaration
 from stagingd.errors import Context, MessageRefused, MessageTooLarge, StagingError, from_code
 from stagingd.moments import ALL_GRIDS
+from stagingd.policy import Policy
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
 
 PROTOCOL: Final = 3

@@ -21,8 +21,8 @@ from stagingd_vllm.answers import checked
 from stagingd_vllm.follower import Cache, Follower
 from tiny_engines import BACKEND, Driven, Trainer
 
-from stagingd.buffer import Policy
 from stagingd.errors import DeadlineExceeded, VersionNotAvailable
+from stagingd.policy import Policy
 
 pytest.importorskip("vllm")
 

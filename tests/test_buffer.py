@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from stagingd.buffer import DoubleBuffer, Lease, Policy, Slot, SlotState, Waiting
+from stagingd.buffer import DoubleBuffer
 from stagingd.errors import (
     LeaseLost,
     OutOfOrder,
@@ -19,6 +19,9 @@ from stagingd.errors import (
     VersionNotAvailable,
     VersionNotRising,
 )
+from stagingd.policy import Policy
+from stagingd.slots import Lease, Slot, SlotState
+from stagingd.waiting import Waiting
 
 RANKS = 2
 UNTIL = 60.0

@@ -33,9 +33,11 @@ from life.work import LONGEST_S, all_work, commitment, copy, declaration, next_r
 from life.world import GOOD, Crash, Fate, Plan, World
 
 from stagingd import wire
-from stagingd.buffer import DoubleBuffer, Policy, SlotState
+from stagingd.buffer import DoubleBuffer
+from stagingd.policy import Policy
 from stagingd.service import Service
 from stagingd.session import Peer
+from stagingd.slots import SlotState
 
 STEPS_PER_EXAMPLE = 50
 CARRIED_OUT = 0.7

@@ -17,8 +17,9 @@ from life.work import all_work, commitment, copy, declaration, next_request, wor
 from life.world import Crash, Fate, Plan, World
 
 from stagingd import wire
-from stagingd.buffer import Policy, SlotState
+from stagingd.policy import Policy
 from stagingd.recovery import SET_ASIDE
+from stagingd.slots import SlotState
 
 
 @pytest.fixture

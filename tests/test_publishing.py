@@ -27,8 +27,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from stagingd.buffer import Policy
 from stagingd.errors import DaemonUnreachable, NonFiniteValues
+from stagingd.policy import Policy
 
 
 class Trainer:

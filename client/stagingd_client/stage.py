@@ -31,7 +31,6 @@ from torch import nn
 
 from stagingd import segment, wire
 from stagingd.aliases import Alias
-from stagingd.buffer import Policy
 from stagingd.catalog import Catalog, OwnedBox
 from stagingd.connection import ANSWER_S, Connection, Expected
 from stagingd.errors import (
@@ -41,6 +40,7 @@ from stagingd.errors import (
     VersionNotRising,
 )
 from stagingd.moments import ALL_GRIDS, Grid
+from stagingd.policy import Policy
 from stagingd_client import flushers
 from stagingd_client.flushers import Flushers
 from stagingd_client.holdings import Holdings, Put, Shards

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from life.host import LEASE_S
 from life.work import LONGEST_S
 from life.world import World
-from stagingd.buffer import SlotState, Waiting
 from stagingd.hosted import HostedStage
+from stagingd.slots import SlotState
+from stagingd.waiting import Waiting
 
 
 def check_laws(world: World) -> None:

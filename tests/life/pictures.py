@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stagingd.buffer import DoubleBuffer, Lease
+from stagingd.buffer import DoubleBuffer
 from stagingd.hosted import HostedStage
 from stagingd.service import Service
+from stagingd.slots import Lease
 
 
 def buffer_picture(buffer: DoubleBuffer) -> object:

@@ -16,7 +16,7 @@ from life.host import LEASE_S, Host
 from life.machine import Process, declared_tensors
 from life.pictures import picture, stage_pictures
 from stagingd import wire
-from stagingd.buffer import Policy
+from stagingd.policy import Policy
 from stagingd.service import Outgoing, Service
 from stagingd.session import Peer
 

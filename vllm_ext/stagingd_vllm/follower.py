@@ -30,9 +30,9 @@ import zmq
 import zmq.asyncio
 
 from stagingd import wire
-from stagingd.buffer import SlotState
 from stagingd.connection import Connection
 from stagingd.errors import DeadlineExceeded, OutOfOrder, StagingError, UnknownStage
+from stagingd.slots import SlotState
 from stagingd_vllm.answers import Answer, checked
 from stagingd_vllm.versions import EngineNotSupported
 

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import Field, ImportString
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from stagingd.buffer import Policy
 from stagingd.errors import UnknownModel
+from stagingd.policy import Policy
 from stagingd.wire import OnNonFinite
 
 
