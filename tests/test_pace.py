@@ -106,6 +106,18 @@ def test_before_the_first_step_nobody_is_in_the_way() -> None:
     assert pace.idle
 
 
+def test_of_a_step_that_was_watched_before_nothing_is_left() -> None:
+    steps = Steps(lambda: "inputs", ticking(1.0, 1.25, 1.5))
+    pace = Pace(steps)
+    with pace.watching():
+        for _ in range(3):
+            steps.began()
+        assert pace.admit(SHARE * 0.1) == "inputs"
+    with pace.watching():
+        assert pace.admit(SHARE * 0.1) is None
+        assert pace.idle
+
+
 def test_slow_steps_are_waited_for_longer() -> None:
     engine = Engine(itertools.repeat(1.0))
     pace: Pace[int] = Pace(engine)  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import torch
 
-from stagingd_vllm.crossings import Copy, Crossing, crossings
+from stagingd_vllm.crossings import Copy, crossings
 from stagingd_vllm.moves import Move, MoveRefused
 from stagingd_vllm.pace import Pace
 
@@ -189,11 +189,6 @@ class BufferedCarrier:
         self._end = max((move.source_end for move in moves), default=0)
         self._crossings = [(crossing, device.treating(crossing.moves, landed=True)) for crossing in cut.buffered]
         self._direct = device.treating(cut.direct, landed=False) if cut.direct else None
-
-    @property
-    def buffered(self) -> Sequence[Crossing]:
-        """What goes by way of buffers."""
-        return [crossing for crossing, _ in self._crossings]
 
     def carry(self, slot: torch.Tensor) -> None:
         """Start carrying all moves out, on the device's current queue, as a pace admits it.

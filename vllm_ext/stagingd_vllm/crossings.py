@@ -17,8 +17,8 @@ from stagingd.dtypes import ITEM_BYTES
 from stagingd.pinning import CHUNK_BYTES
 from stagingd_vllm.moves import ALIGNMENT, Move
 
-NARROWEST: Final = 1024
-"""Bytes of the narrowest rows that the copy engine takes at the link's speed, or nearly."""
+NARROWEST: Final = 256
+"""Bytes of the narrowest rows that the copy engine takes at half the link's speed at least: 1024 for all of it."""
 GAP: Final = 4096
 """So many bytes are copied along if that makes one copy of two: it takes less time than another copy's start."""
 PLACE: Final = 256

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -108,9 +108,12 @@ class Pace(Generic[Mark]):
         self.idle = True
         """Whether nobody is in the way; then no more than a little may be on its way at a time."""
 
-    def watching(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def watching(self) -> Iterator[None]:
         """While it is open, the engine's steps are watched, and copies may be admitted."""
-        return self._steps.watched()
+        self._left, self.idle = 0.0, True
+        with self._steps.watched():
+            yield
 
     def admit(self, seconds: float) -> Mark | None:
         """Wait until a copy may be handed to the device.
