@@ -1,6 +1,7 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM engines on GPUs: after versions in place they are engines that were started from the same weights.
+"""Real vLLM engines on GPUs: after versions in place, and one that was prefetched beside them and swapped in, they are
+engines that were started from the same weights.
 
 ``pytest -m gpu``; cases with two ranks exist where there are two GPUs. Small functions beside the model are not
 compiled (``engine_environment``): compiled, vLLM's quantizer per block takes approximate reciprocals, and one byte in
@@ -117,13 +118,15 @@ def test_an_updated_engine_is_one_that_was_started_from_the_same_weights(
         with engine(first, mode, ranks, graphs) as llm:
             started, said = llm.collective_rpc("stagingd_weights"), generated(llm)
             publish(stage, 1, passing)
-            arguments = {"stage": "policy", "socket": str(own_daemon.socket), "engine": "e"}
+            arguments = {"stage": "policy", "socket": str(own_daemon.socket), "engine": "e", "prefetch_gib": 4.0}
             checked(llm.collective_rpc("stagingd_attach", kwargs=arguments))
             checked(llm.collective_rpc("stagingd_update"))
             assert generated(llm) != said
             publish(stage, 2, first_weights)
-            places = llm.collective_rpc("stagingd_addresses")
-            checked(llm.collective_rpc("stagingd_update"))
+            places, still = llm.collective_rpc("stagingd_addresses"), generated(llm)
+            checked(llm.collective_rpc("stagingd_prefetch", kwargs={"version": 2}))
+            assert generated(llm) == still, "the live weights are read, and not written, meanwhile"
+            checked(llm.collective_rpc("stagingd_swap", kwargs={"version": 2, "timeout_s": 60.0}))
             assert llm.collective_rpc("stagingd_weights") == started
             assert generated(llm) == said
             publish(stage, 3, other_weights)
