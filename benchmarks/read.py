@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+import statistics
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,22 +61,29 @@ def measure(model: str, ranks: int, mode: str, stages: Staged, updates: int, rel
 
         ask("stagingd_attach", stage=model, socket=str(stages.socket), engine=f"{mode}-{ranks}")
         ask("stagingd_update")
-        for found in ask("stagingd_check"):
-            if not found["exact"]:
-                raise BenchmarkFailed(
-                    f"{model} {mode}: what the weights hold is wrong: {found}", remedy="run the tests"
-                )
+        check(model, mode, ask("stagingd_check"))
         read = ask("stagingd_measure", updates=updates)
+        copied = ask("stagingd_measure_copy_engine", updates=updates) if torch.cuda.is_available() else []
+        check(model, mode, ask("stagingd_check"))
         reloaded = ask("stagingd_reload", times=reloads) if reloads and mode not in NOT_RELOADED else []
         llm.collective_rpc("stagingd_detach")
     finally:
         llm.llm_engine.engine_core.shutdown()
-    return rows(f"{model}, {mode}, TP {ranks}", read, reloaded)
+    return rows(f"{model}, {mode}, TP {ranks}", read, copied, reloaded)
 
 
-def rows(label: str, read: list[dict[str, Any]], reloaded: list[dict[str, Any]]) -> list[Row]:
+def check(model: str, mode: str, answers: list[dict[str, Any]]) -> None:
+    """Raises BenchmarkFailed: a worker has found wrong bytes or scales."""
+    for found in answers:
+        if not found["exact"]:
+            raise BenchmarkFailed(f"{model} {mode}: what the weights hold is wrong: {found}", remedy="run the tests")
+
+
+def rows(
+    label: str, read: list[dict[str, Any]], copied: list[dict[str, Any]], reloaded: list[dict[str, Any]]
+) -> list[Row]:
     """The figures of one engine: those of its slowest rank."""
-    seconds = _median([max(times) for times in zip(*(rank["seconds"] for rank in read), strict=True)])
+    seconds = _slowest(read)
     pinned = max(rank["bytes"] / rank["pinned"] for rank in read)
     memory = max(rank["device_bytes"] for rank in read) / MIB
     found = [
@@ -85,16 +93,21 @@ def rows(label: str, read: list[dict[str, Any]], reloaded: list[dict[str, Any]])
         Row(f"{label}: bytes that a rank reads, of the stage", max(r["share"] for r in read), "ratio", "lower"),
         Row(f"{label}: device memory", memory, "MiB", "lower", MEMORY_AIM),
     ]
+    if copied:
+        ratio, extra = _slowest(copied) / pinned, max(rank["device_bytes"] for rank in copied) / MIB
+        found.append(Row(f"{label}: the same by the copy engine", ratio, "ratio", "lower", RATIO_AIM))
+        found.append(Row(f"{label}: its buffers", extra, "MiB", "lower", MEMORY_AIM))
     if reloaded:
-        times = [max(some) for some in zip(*(rank["seconds"] for rank in reloaded), strict=True)]
+        times = _slowest(reloaded)
         extra = max(rank["device_bytes"] for rank in reloaded) / MIB
-        found.append(Row(f"{label}: vLLM's layerwise reload from pinned tensors", _median(times) * 1e3, "ms", "lower"))
+        found.append(Row(f"{label}: vLLM's layerwise reload from pinned tensors", times * 1e3, "ms", "lower"))
         found.append(Row(f"{label}: its device memory", extra, "MiB", "lower"))
     return found
 
 
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def _slowest(ranks: list[dict[str, Any]]) -> float:
+    """Median seconds of the slowest rank each time."""
+    return statistics.median(max(times) for times in zip(*(rank["seconds"] for rank in ranks), strict=True))
 
 
 @app.command()

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from stagingd_vllm.answers import Answer, answering
 from stagingd_vllm.attachment import Attachment
+from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.exactness import Exactness
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker, attachment_of
 from stagingd_vllm.layouts import homes
+from stagingd_vllm.scales import ScaleRule
+from stagingd_vllm.writer import Writer
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -45,6 +48,25 @@ class ReadWorkerExtension(StagingdWorkerExtension):
             "device_bytes": peak,
             "pinned": _pinned(device),
         }
+
+    @answering
+    def stagingd_measure_copy_engine(self: Worker, updates: int) -> Answer:
+        """The same seconds where the bytes cross by the GPU's copy engine instead of by a kernel."""
+        from stagingd_vllm.cuda_copies import CudaCopies  # noqa: PLC0415 - there is no such module without CUDA
+
+        attachment = attachment_of(self)
+        receiver, reader = attachment.receiver, attachment.reader
+        device = receiver.device
+        before = _reset(device)
+        through = CopyEngine(CudaCopies(device))
+        writer = Writer(receiver.plan, receiver.homes, reader.catalog, ScaleRule(), device, through=through)
+
+        def update() -> None:
+            with reader.lease() as lease:
+                writer.write(lease.slot, lease.stored)
+                _synchronize(device)
+
+        return {"seconds": [_timed(device, update) for _ in range(updates)], "device_bytes": _peak(device) - before}
 
     @answering
     def stagingd_check(self: Worker) -> Answer:

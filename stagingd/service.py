@@ -23,7 +23,6 @@ from stagingd.config import Settings
 from stagingd.declaration import Declaration, Submit
 from stagingd.errors import (
     DaemonUnreachable,
-    DeadlineExceeded,
     MessageRefused,
     MessageTooLarge,
     OutOfOrder,
@@ -32,9 +31,11 @@ from stagingd.errors import (
 )
 from stagingd.hosted import HostedStage, Question, Tell
 from stagingd.liveness import Processes
+from stagingd.pending import Pending, overdue
 from stagingd.recovery import Left, recover
 from stagingd.segment import Segment
 from stagingd.session import Peer, Session, Sessions
+from stagingd.status import stage_status
 from stagingd.waiting import Waiting
 
 log = structlog.get_logger()
@@ -50,20 +51,6 @@ class Outgoing:
     identity: bytes
     request_id: bytes
     answer: wire.Answer
-
-
-@dataclass(eq=False)
-class Pending:
-    """A question that waits: who asked, until when. ``seen`` are the occasions of its stage when last asked."""
-
-    session: Session
-    request_id: bytes
-    stage: str
-    question: Question
-    deadline: float
-    since: float
-    waiting: Waiting
-    seen: tuple[int, int] | None
 
 
 @dataclass
@@ -445,53 +432,8 @@ class Service:
             uptime_s=self.clock() - self._started,
             connections=len(self.sessions),
             refused_messages=self.refused_messages,
-            stages=tuple(self._stage_status(stage) for stage in self.stages.values()),
-        )
-
-    def _stage_status(self, stage: HostedStage) -> wire.StageStatus:
-        now, buffer = self.clock(), stage.buffer
-        waiting = (
-            f"{p.session} waits for {p.waiting.what} from {', '.join(p.waiting.peers)} since {now - p.since:.1f} s"
-            for p in self.pending.values()
-            if p.stage == stage.name
-        )
-        return wire.StageStatus(
-            stage=stage.name,
-            policy=buffer.policy.value,
-            trainers=tuple(sorted(stage.trainers)),
-            ranks=buffer.ranks,
-            engines=tuple(sorted(stage.engines)),
-            tensors=len(stage.segment.catalog.tensors) if stage.segment else 0,
-            segment=stage.segment.name if stage.segment else "",
-            segment_bytes=stage.segment.size if stage.segment else 0,
-            slots=tuple(
-                wire.SlotStatus(state=s.state.value, version=s.version, committed_ranks=tuple(sorted(s.committed)))
-                for s in buffer.slots
+            stages=tuple(
+                stage_status(stage, self.pending.values(), self.clock(), self.settings.lease_s)
+                for stage in self.stages.values()
             ),
-            leases=tuple(self._lease_status(stage, lease, now) for lease in buffer.leases),
-            waiting=tuple(waiting),
-            sealed_versions=stage.sealed_versions,
-            aborted_versions=stage.aborted_versions,
-            begins_kept_waiting=stage.begins_kept_waiting,
         )
-
-    def _lease_status(self, stage: HostedStage, lease_id: int, now: float) -> wire.LeaseStatus:
-        lease = stage.buffer.leases[lease_id]
-        return wire.LeaseStatus(
-            lease=lease.id,
-            engine=lease.engine,
-            version=lease.version,
-            awaited_ranks=tuple(lease.missing),
-            age_s=now - (lease.until - self.settings.lease_s),
-        )
-
-
-def overdue(pending: Pending, now: float) -> DeadlineExceeded:
-    """The error of a question whose deadline has passed: what was awaited, and from whom."""
-    waiting = pending.waiting
-    return DeadlineExceeded(
-        f"waited {now - pending.since:.1f} s for {waiting.what}; awaited: {', '.join(waiting.peers) or 'nobody'}",
-        remedy="look at the peers named here (stagingd status), or allow more time",
-        stage=pending.stage,
-        peer=", ".join(waiting.peers),
-    )

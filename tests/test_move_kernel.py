@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from move_sets import FLOATS, QUANTIZED, WIDE, MoveSet, aligned, halfway, move_sets, values, wide
+from stagingd_vllm.crossings import crossings
 from stagingd_vllm.move_reference import run_moves
 from stagingd_vllm.moves import ALIGNMENT, Kind, Move, MoveRefused, Scales, Treatment, table
 
@@ -47,6 +48,28 @@ def by_kernel(made: MoveSet, programs: int = 64) -> torch.Tensor:
     live.copy_(made.live)
     MovesOnGpu(table(made.at(live.data_ptr())), torch.device(DEVICE)).run(slot.data_ptr(), programs)
     return live.cpu()
+
+
+def by_way_of_buffers(made: MoveSet, size: int) -> torch.Tensor:
+    """Live memory after the kernel has, from buffers on the device where it can."""
+    slot = aligned(made.slot.numel(), pinned=ON_GPU)
+    slot.copy_(made.slot)
+    live, buffer = aligned(made.live.numel(), DEVICE), aligned(size, DEVICE)
+    live.copy_(made.live)
+    cut = crossings(made.at(live.data_ptr()), size)
+    for crossing in cut.buffered:
+        for copy in crossing.copies:
+            rows = slot[copy.source :].as_strided((copy.rows, copy.width), (copy.pitch, 1))
+            buffer[copy.place : copy.place + copy.bytes] = rows.reshape(-1).to(DEVICE)
+        MovesOnGpu(table(crossing.moves), torch.device(DEVICE)).run(buffer.data_ptr())
+    MovesOnGpu(table(cut.direct), torch.device(DEVICE)).run(slot.data_ptr())
+    return live.cpu()
+
+
+@settings(deadline=None, max_examples=EXAMPLES)
+@given(move_sets(), st.integers(2048, 2**16))
+def test_from_buffers_the_kernel_writes_what_the_reference_does(made: MoveSet, size: int) -> None:
+    assert torch.equal(by_way_of_buffers(made, size), by_reference(made))
 
 
 @settings(deadline=None, max_examples=EXAMPLES)
