@@ -113,7 +113,7 @@ def test_a_runner_of_another_kind_is_not_watched() -> None:
 
 
 def test_on_a_cpu_there_is_no_copy_engine() -> None:
-    assert paced(CallingRunner(Model([])), Model([]), torch.device("cpu"))[0] is None
+    assert paced(CallingRunner(Model([])), Model([]), torch.device("cpu")) is None
 
 
 @pytest.mark.gpu
@@ -121,18 +121,18 @@ def test_where_steps_cannot_be_told_a_kernel_reads_the_slot_and_the_log_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for runner, said in ((None, "not given"), (object(), "object")):
-        assert paced(runner, Model([]), torch.device("cuda", 0))[0] is None
+        assert paced(runner, Model([]), torch.device("cuda", 0)) is None
         assert f"runner ({said}) cannot be told" in caplog.text
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_versions_cross_at_the_pace_of_the_steps() -> None:
     runner = CallingRunner(Model([]))
-    through, unwatch = paced(runner, runner.model, torch.device("cuda", 0))
+    through = paced(runner, runner.model, torch.device("cuda", 0))
     assert through is not None
     with through.at_work():
         runner.step()
         inputs = through.pace.admit(0.0)
         assert inputs is None or inputs.reached
-    unwatch()
+    through.close()
     assert "_model_forward" not in vars(runner)

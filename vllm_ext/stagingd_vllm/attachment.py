@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,7 +65,6 @@ class Attachment:
         shadow: what versions are prefetched into; without it they are read in place.
         in_place_because: why there is no shadow.
         groups: their product is the engine.
-        unwatch: stops watching the engine's steps.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class Attachment:
         shadow: Shadow | None = None,
         in_place_because: str = NOT_ASKED_FOR,
         groups: Sequence[Voters] = (),
-        unwatch: Callable[[], None] = lambda: None,
     ) -> None:
         self.place = place
         self.reader = reader
@@ -86,7 +85,6 @@ class Attachment:
         self._in_place_because = in_place_because
         self._prefetcher = Prefetcher(reader, self._write_to_shadow)
         self._groups = groups
-        self._unwatch = unwatch
         self._witness: torch.Tensor | None = None
 
     @classmethod
@@ -138,12 +136,11 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.callback(receiver.close)
-            through, unwatch = paced(runner, model, receiver.device) if prefetch_gib > 0 else (None, lambda: None)
-            undo.callback(unwatch)
+            through = partial(paced, runner, model, receiver.device)
             shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib, through)
             undo.pop_all()
         groups = groups_of(vllm_config.parallel_config)
-        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups, unwatch)
+        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -298,24 +295,30 @@ class Attachment:
         Raises:
             DeadlineExceeded: a version is being prefetched, and does not end.
         """
-        self._unwatch()
         self._prefetcher.close(READ_S)
+        if self._shadow is not None:
+            self._shadow.close()
         self.receiver.close()
         self.reader.close()
 
 
 def _shadow(
-    receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float, through: Paced | None
+    receiver: Receiver, reader: Reader, rule: ScaleRule, prefetch_gib: float, through: Callable[[], Paced | None]
 ) -> tuple[Shadow | None, str]:
     """What versions are prefetched into, or why there is none."""
     if prefetch_gib <= 0:
         return None, NOT_ASKED_FOR
     plan, homes, device = receiver.plan, receiver.homes, receiver.device
-    try:
-        return Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB, through), ""
-    except NoRoomForShadow as refused:
-        logger.warning("%s", refused)
-        return None, str(refused)
+    with contextlib.ExitStack() as undo:
+        try:
+            if (made := through()) is not None:
+                undo.callback(made.close)
+            shadow = Shadow(plan, homes, reader.catalog, rule, device, prefetch_gib * GIB, made)
+        except NoRoomForShadow as refused:
+            logger.warning("%s", refused)
+            return None, str(refused)
+        undo.pop_all()
+    return shadow, ""
 
 
 def _refresh(model: torch.nn.Module, vllm_config: VllmConfig) -> None:

@@ -5,21 +5,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from stagingd_vllm.copy_engine import CopyEngine, Mark, Paced
 from stagingd_vllm.pace import Pace, Steps
+from stagingd_vllm.shadow import NoRoomForShadow
 from stagingd_vllm.step_hooks import watch
 
 logger = logging.getLogger(__name__)
 
 
-def paced(
-    runner: object | None, model: torch.nn.Module, device: torch.device
-) -> tuple[Paced | None, Callable[[], None]]:
+def paced(runner: object | None, model: torch.nn.Module, device: torch.device) -> Paced | None:
     """A device's copy engine, at the pace of a runner's steps.
 
     Args:
@@ -28,13 +26,23 @@ def paced(
         device: the model's.
 
     Returns:
-        The copy engine, and what stops watching the runner. None on a CPU; and, with a line in the log, where steps
-        cannot be told: there a kernel reads the slot.
+        The copy engine. None on a CPU; and, with a line in the log, where steps cannot be told: there a kernel reads
+        the slot.
+
+    Raises:
+        NoRoomForShadow: the device has no memory left for the buffers.
     """
     if device.type != "cuda":
-        return None, lambda: None
+        return None
     from stagingd_vllm.cuda_copies import CudaCopies, mark_current
 
+    try:
+        copies = CopyEngine(CudaCopies(device))
+    except torch.OutOfMemoryError as error:
+        raise NoRoomForShadow(
+            f"no shadow: {device} has no memory left for the buffers of its copy engine. Versions are read in place",
+            remedy="give the engine less of its memory (gpu_memory_utilization)",
+        ) from error
     steps: Steps[Mark] = Steps(partial(mark_current, device))
     unwatch = None if runner is None else watch(runner, model, steps.began)
     if unwatch is None:
@@ -43,5 +51,5 @@ def paced(
             "tenth of the speed of large batches meanwhile",
             type(runner).__name__ if runner else "not given",
         )
-        return None, lambda: None
-    return Paced(CopyEngine(CudaCopies(device)), Pace(steps)), unwatch
+        return None
+    return Paced(copies, Pace(steps), unwatch)

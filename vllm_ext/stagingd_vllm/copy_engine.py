@@ -170,10 +170,11 @@ class CopyEngine:
 
 @dataclass(frozen=True)
 class Paced:
-    """A copy engine that keeps to a pace while it is at work."""
+    """A copy engine that keeps to a pace while it is at work; ``close`` stops watching what sets the pace."""
 
     copies: CopyEngine
     pace: Pace[Mark]
+    close: Callable[[], None] = lambda: None
 
     def at_work(self) -> AbstractContextManager[None]:
         """While it is open, copies cross, at the pace."""

@@ -110,6 +110,11 @@ class Shadow:
                 context.enter_context(self._through.at_work())
             return self._writer.write(slot, stored)
 
+    def close(self) -> None:
+        """No more versions are written into it. May be called twice."""
+        if self._through is not None:
+            self._through.close()
+
     def copy_to_live(self) -> None:
         """Copy the shadow over the live weights; on a GPU this is work of the current stream, in few launches."""
         for live, shadow in self._copies:
