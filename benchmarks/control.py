@@ -15,8 +15,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +30,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import run_command
 from benchmarks.control_bare import BareLine, relay
 from benchmarks.control_case import STEP_S, WARM_UP, Case, Exchange, Lane, Spans, lanes
 from benchmarks.control_gate import Gate, check_all_live
@@ -41,7 +40,7 @@ from benchmarks.host_case import BenchmarkFailed
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
 from stagingd import wire
 from stagingd.connection import Connection
-from stagingd.errors import DeadlineExceeded, StagingError
+from stagingd.errors import DeadlineExceeded
 
 AIMS = {"commit to visible": 3.0, "flip": 3.0}
 """How many times the bare exchange's time the daemon may take, at the median."""
@@ -232,15 +231,5 @@ def control(
         typer.echo(json.dumps(report.as_dict()))
 
 
-def main() -> None:
-    """Entry point: a refusal is one line and exit status 1, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or nothing would be cleaned up
-    try:
-        app()
-    except StagingError as error:
-        typer.echo(f"benchmarks.control: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app, "benchmarks.control")

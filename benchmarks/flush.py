@@ -14,8 +14,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import signal
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -27,13 +25,14 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.command import run_command
 from benchmarks.flush_case import Case, Found, rows
 from benchmarks.flush_model import SHAPES
 from benchmarks.flush_ranks import Place, work
 from benchmarks.host import daemon, end, remove_segments
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.report import RESULTS, Report, machine_slug, surroundings
-from stagingd.errors import DeadlineExceeded, StagingError
+from stagingd.errors import DeadlineExceeded
 
 CASE_S = 540.0
 """The longest that a case may take, in seconds."""
@@ -119,15 +118,5 @@ def flush(
         typer.echo(json.dumps(report.as_dict()))
 
 
-def main() -> None:
-    """Entry point: a refusal is one line and exit status 1, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or nothing would be cleaned up
-    try:
-        app()
-    except StagingError as error:
-        typer.echo(f"benchmarks.flush: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app, "benchmarks.flush")

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -37,10 +36,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import run_command
 from benchmarks.host_case import DEADLINE_S, WARM_UP, BenchmarkFailed, Case, Seconds, Spans, Step, model_shapes
 from benchmarks.host_ranks import ROLES, Place, work
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
-from stagingd.errors import DeadlineExceeded, StagingError
+from stagingd.errors import DeadlineExceeded
 from stagingd.segment import SHARED_MEMORY
 
 ENDING_S = 10.0
@@ -272,15 +272,5 @@ def host(
         typer.echo(json.dumps(report.as_dict()))
 
 
-def main() -> None:
-    """Entry point: a refusal is one line and exit status 1, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or nothing would be cleaned up
-    try:
-        app()
-    except StagingError as error:
-        typer.echo(f"benchmarks.host: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app, "benchmarks.host")

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import signal
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +25,13 @@ from rich.console import Console
 from stagingd_vllm.answers import checked
 from stagingd_vllm.follower import Cache, Follower
 
+from benchmarks.command import run_command
+from benchmarks.engine import options, refuse_inexact
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read import NOT_RELOADED
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
 from benchmarks.staged import Staged, Trainer, served, staging
-from stagingd.errors import StagingError
 
 PROMPT = [1, 5, 9, 7]
 REPEATS = 3
@@ -168,23 +167,8 @@ async def measure(
     from vllm import AsyncEngineArgs  # noqa: PLC0415 - takes seconds
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted({1, *batches})}
-    llm = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            str(stages.folder / model),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            quantization=None if mode == "bfloat16" else mode,
-            tensor_parallel_size=ranks,
-            worker_extension_cls="benchmarks.read_worker.ReadWorkerExtension",
-            max_model_len=tokens + 64,
-            max_num_seqs=max(batches),
-            gpu_memory_utilization=0.7 if torch.cuda.is_available() else 0.2,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            **({"compilation_config": graphs} if torch.cuda.is_available() else {"enforce_eager": True}),
-        )
-    )
+    shape = options(stages.folder / model, mode, ranks, batches=batches, tokens=tokens + 64, share=0.7)
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(enable_prefix_caching=False, **shape))
 
     async def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
         return checked(await llm.collective_rpc(method, kwargs=arguments))
@@ -197,9 +181,7 @@ async def measure(
             await follower.reached(trainer.newest)
             if follower.mode != "prefetch":
                 raise BenchmarkFailed(f"{label}: versions are read in place", remedy="raise --prefetch-gib")
-            for told in await ask("stagingd_check"):
-                if not told["exact"]:
-                    raise BenchmarkFailed(f"{label}: what the weights hold is wrong: {told}", remedy="run the tests")
+            refuse_inexact(label, await ask("stagingd_check"))
             read = await ask("stagingd_measure", updates=5)
             seconds = max(statistics.median(rank["seconds"]) for rank in read)
             found.append(Row(f"{label}: read in place, by an engine that stands", seconds * 1e3, "ms", "lower"))
@@ -242,15 +224,5 @@ def pause(
     console.print(f"written to {path}")
 
 
-def main() -> None:
-    """Entry point: a refusal is one line and exit status 1, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or nothing would be cleaned up
-    try:
-        app()
-    except StagingError as error:
-        typer.echo(f"benchmarks.pause: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app, "benchmarks.pause")

@@ -10,9 +10,7 @@ A version is read from its lease on, by all ranks at once, while nobody generate
 from __future__ import annotations
 
 import itertools
-import signal
 import statistics
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +19,11 @@ import typer
 from rich.console import Console
 from stagingd_vllm.answers import checked
 
-from benchmarks.host_case import BenchmarkFailed
+from benchmarks.command import run_command
+from benchmarks.engine import options, refuse_inexact
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
 from benchmarks.staged import Staged, staged
-from stagingd.errors import StagingError
 
 MIB = 2**20
 NOT_RELOADED = {"fp8_per_block": "it recurses without end in per_block_cast_to_fp8"}
@@ -40,20 +38,9 @@ def measure(model: str, ranks: int, mode: str, stages: Staged, updates: int, rel
     """Start an engine, have it read, and end it."""
     from vllm import LLM  # noqa: PLC0415 - takes seconds
 
-    graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8]}
-    llm = LLM(
-        str(stages.folder / model),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        quantization=None if mode == "bfloat16" else mode,
-        tensor_parallel_size=ranks,
-        worker_extension_cls="benchmarks.read_worker.ReadWorkerExtension",
-        max_model_len=256,
-        max_num_seqs=8,
-        gpu_memory_utilization=0.8 if torch.cuda.is_available() else 0.2,
-        disable_log_stats=True,
-        **({"compilation_config": graphs} if torch.cuda.is_available() else {"enforce_eager": True}),
-    )
+    folder = stages.folder / model
+    llm = LLM(**options(folder, mode, ranks, batches=[8], tokens=256, share=0.8))
+    label = f"{model}, {mode}, TP {ranks}"
     try:
 
         def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -61,22 +48,15 @@ def measure(model: str, ranks: int, mode: str, stages: Staged, updates: int, rel
 
         ask("stagingd_attach", stage=model, socket=str(stages.socket), engine=f"{mode}-{ranks}")
         ask("stagingd_update")
-        check(model, mode, ask("stagingd_check"))
+        refuse_inexact(label, ask("stagingd_check"))
         read = ask("stagingd_measure", updates=updates)
         copied = ask("stagingd_measure_copy_engine", updates=updates) if torch.cuda.is_available() else []
-        check(model, mode, ask("stagingd_check"))
+        refuse_inexact(label, ask("stagingd_check"))
         reloaded = ask("stagingd_reload", times=reloads) if reloads and mode not in NOT_RELOADED else []
         llm.collective_rpc("stagingd_detach")
     finally:
         llm.llm_engine.engine_core.shutdown()
-    return rows(f"{model}, {mode}, TP {ranks}", read, copied, reloaded)
-
-
-def check(model: str, mode: str, answers: list[dict[str, Any]]) -> None:
-    """Raises BenchmarkFailed: a worker has found wrong bytes or scales."""
-    for found in answers:
-        if not found["exact"]:
-            raise BenchmarkFailed(f"{model} {mode}: what the weights hold is wrong: {found}", remedy="run the tests")
+    return rows(label, read, copied, reloaded)
 
 
 def rows(
@@ -136,15 +116,5 @@ def read(
     console.print(f"written to {path}")
 
 
-def main() -> None:
-    """Entry point: a refusal is one line and exit status 1, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # or nothing would be cleaned up
-    try:
-        app()
-    except StagingError as error:
-        typer.echo(f"benchmarks.read: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(app, "benchmarks.read")

@@ -9,8 +9,8 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from stagingd_client import Stage
 
-from benchmarks.host import daemon, end, remove_segments
+from benchmarks.host import ENDING_S, daemon, end, remove_segments
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read_model import SIZES
 
 TRAINER_S = 300.0
 """The longest that staging a version may take, in seconds."""
-FIRST_VERSIONS = (1, 2)
+VERSIONS = 2
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,7 @@ class Published:
 
 
 class Trainer:
-    """A process that stages two versions of random weights, and then more when it is asked.
-
-    Raises:
-        BenchmarkFailed: it did not stage them.
-    """
+    """A process that stages versions of random weights; ``newest`` is the last of them."""
 
     def __init__(self, model: str, socket: Path) -> None:
         self._model = model
@@ -57,29 +53,23 @@ class Trainer:
         self._process = multiprocessing.get_context("spawn").Process(target=train, args=(model, socket, theirs))
         self._process.start()
         theirs.close()
-        self.newest = [self._published().version for _ in FIRST_VERSIONS][-1]
+        self.newest = 0
 
     def publish(self) -> Published:
-        """Stage one more version. Raises BenchmarkFailed."""
-        self._told.send(None)
-        made = self._published()
-        self.newest = made.version
-        return made
-
-    def end(self) -> None:
-        """Let it end. May be called twice."""
-        self._told.close()
-        self._process.join(TRAINER_S)
-        end(self._process)
-
-    def _published(self) -> Published:
-        try:
+        """Have it stage one more version. Raises BenchmarkFailed."""
+        with suppress(EOFError, BrokenPipeError):  # it has ended
+            self._told.send(None)
             if self._told.poll(TRAINER_S):
                 made: Published = self._told.recv()
+                self.newest = made.version
                 return made
-        except EOFError:
-            pass  # it has ended
         raise BenchmarkFailed(f"the trainer of {self._model} did not stage it", remedy="its own words are above")
+
+    def end(self) -> None:
+        """Let it end."""
+        self._told.close()
+        self._process.join(ENDING_S)
+        end(self._process)
 
 
 @contextmanager
@@ -94,10 +84,18 @@ def served() -> Iterator[Staged]:
 
 @contextmanager
 def staging(model: str, stages: Staged) -> Iterator[Trainer]:
-    """A model's configuration, and its trainer, which holds memory on the last GPU until the end."""
+    """A model's configuration, two versions, and their trainer, which holds memory on the last GPU until the end.
+
+    Raises:
+        BenchmarkFailed: there is no such model, or the trainer did not stage it.
+    """
+    if model not in SIZES:
+        raise BenchmarkFailed(f"there is no model {model!r}", remedy=f"use one of {', '.join(SIZES)}")
     SIZES[model].save_config(stages.folder / model)
     trainer = Trainer(model, stages.socket)
     try:
+        for _ in range(VERSIONS):
+            trainer.publish()
         yield trainer
     finally:
         trainer.end()
@@ -111,7 +109,7 @@ def staged(models: Sequence[str]) -> Iterator[Staged]:
         models: keys of ``SIZES``.
 
     Raises:
-        BenchmarkFailed: a trainer did not stage its model.
+        BenchmarkFailed: as ``staging`` says.
     """
     with served() as stages:
         for model in models:
@@ -121,29 +119,30 @@ def staged(models: Sequence[str]) -> Iterator[Staged]:
 
 
 def train(model: str, socket: Path, orders: Connection) -> None:
-    """One rank: stages two versions of random weights, and one more for each order, and tells of each."""
+    """One rank: stages a version of random weights for each order, and tells of it, until the orders end."""
     device = f"cuda:{torch.cuda.device_count() - 1}" if torch.cuda.is_available() else "cpu"
     tensors = dict(SIZES[model].tensors(1, device))
-    with Stage.open(model, rank=0, ranks=1, socket=socket, timeout_s=TRAINER_S) as stage, orders:
+    with (
+        Stage.open(model, rank=0, ranks=1, socket=socket, timeout_s=TRAINER_S) as stage,
+        orders,
+        suppress(EOFError),  # whoever measures has ended
+    ):
         stage.declare(tensors)
         for version in itertools.count(1):
-            if version not in FIRST_VERSIONS and not _ordered(orders):
-                return
-            for name, values in SIZES[model].tensors(version, device):
-                tensors[name].copy_(values)
-            stage.begin(version)
-            for name, tensor in tensors.items():
-                stage.put(name, tensor)
-            put = time.monotonic()
-            publication = stage.commit()
-            stage.fence()
-            publication.wait()
-            orders.send(Published(version, put, time.monotonic()))
+            orders.recv()
+            orders.send(_staged(stage, tensors, version, SIZES[model].tensors(version, device)))
 
 
-def _ordered(orders: Connection) -> bool:
-    try:
-        orders.recv()
-    except EOFError:
-        return False  # whoever measures has ended
-    return True
+def _staged(
+    stage: Stage, tensors: Mapping[str, torch.Tensor], version: int, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Published:
+    for name, values in weights:
+        tensors[name].copy_(values)
+    stage.begin(version)
+    for name, tensor in tensors.items():
+        stage.put(name, tensor)
+    put = time.monotonic()
+    publication = stage.commit()
+    stage.fence()
+    publication.wait()
+    return Published(version, put, time.monotonic())

@@ -297,18 +297,34 @@ def test_without_memory_for_a_shadow_versions_are_read_in_place(
 
 
 def test_generation_stops_while_the_engine_is_too_far_behind(
-    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    paused = list[int | None]()
+
     async def run(llm: Any) -> None:
-        follower = Follower(llm, "policy", socket=daemon.socket, engine="behind", prefetch_gib=1, most_behind=2)
+        pause = llm.pause_generation
+
+        async def noted(**how: Any) -> None:
+            paused.append(follower.version)
+            await pause(**how)
+
+        monkeypatch.setattr(llm, "pause_generation", noted)
+        follower = Follower(
+            llm, "policy", socket=daemon.socket, engine="behind", prefetch_gib=1, cache=Cache.KEEP, most_behind=2
+        )
         async with follower:
             trainer.publish(30, 1)
             await follower.reached(30)
+            paused.clear()
+            trainer.publish(32, 1)
+            await follower.reached(32)
+            assert paused == []
             async with follower._taking:
-                trainer.publish(33, 2)
-            await follower.reached(33)
-            assert not await llm.is_paused()
+                trainer.publish(35, 2)
+            await follower.reached(35)
+            assert paused == [32]
             assert len(await generate(llm, PROMPT, 5)) == 5
+            assert not await llm.is_paused()
 
     engine.do(run(engine.llm))
 

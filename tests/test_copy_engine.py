@@ -151,10 +151,6 @@ def test_a_slot_that_is_too_small_is_refused() -> None:
         carry(CopyEngine(QueuedDevice(), BUFFER), moves, slot[:-1])
 
 
-def test_the_buffers_are_told_of() -> None:
-    assert CopyEngine(QueuedDevice(), BUFFER).nbytes == BUFFERS * BUFFER
-
-
 @pytest.mark.gpu
 @settings(deadline=None, max_examples=20)
 @given(move_sets(), PACES)

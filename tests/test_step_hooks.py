@@ -131,8 +131,11 @@ def test_on_a_gpu_versions_cross_at_the_pace_of_the_steps() -> None:
     through = paced(runner, runner.model, torch.device("cuda", 0))
     assert through is not None
     with through.at_work():
-        runner.step()
+        for _ in range(3):
+            runner.step()
         inputs = through.pace.admit(0.0)
-        assert inputs is None or inputs.reached
+        assert inputs is not None
+        inputs.wait()
+        assert inputs.reached
     through.close()
     assert "_model_forward" not in vars(runner)

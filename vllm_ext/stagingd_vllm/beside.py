@@ -47,8 +47,8 @@ def paced(runner: object | None, model: torch.nn.Module, device: torch.device) -
     unwatch = None if runner is None else watch(runner, model, steps.began)
     if unwatch is None:
         logger.warning(
-            "the steps of this engine's runner (%s) cannot be told: versions are prefetched by a kernel, which takes a "
-            "tenth of the speed of large batches meanwhile",
+            "the steps of this engine's runner (%s) cannot be told: versions are prefetched by a kernel, which takes "
+            "multiprocessors from large batches meanwhile; use the worker extension with vLLM 0.26 to 0.33",
             type(runner).__name__ if runner else "not given",
         )
         return None

@@ -12,7 +12,7 @@ import torch
 from stagingd import pinning
 from stagingd.errors import DeviceUnusable
 from stagingd_vllm.move_reference import run_moves
-from stagingd_vllm.moves import Move, MoveRefused, table
+from stagingd_vllm.moves import Move, refuse_short, table
 
 
 class Carrier(Protocol):
@@ -50,11 +50,7 @@ class DeviceCarrier:
 
     def carry(self, slot: torch.Tensor) -> None:
         """Start the kernels on the current stream. Raises MoveRefused: the slot is too small for the moves."""
-        if slot.numel() < self._end:
-            raise MoveRefused(
-                f"moves reach to byte {self._end} of a slot of {slot.numel()}",
-                remedy="detach from the stage and attach again",
-            )
+        refuse_short(slot.numel(), self._end)
         self._moves.run(slot.data_ptr(), self._programs)
 
 

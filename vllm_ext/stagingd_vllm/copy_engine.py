@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import torch
 
 from stagingd_vllm.crossings import Copy, crossings
-from stagingd_vllm.moves import Move, MoveRefused
+from stagingd_vllm.moves import Move, refuse_short
 from stagingd_vllm.pace import Pace
 
 BUFFER_BYTES: Final = 32 * 2**20
@@ -200,11 +200,7 @@ class BufferedCarrier:
         Raises:
             MoveRefused: the slot is too small for the moves.
         """
-        if slot.numel() < self._end:
-            raise MoveRefused(
-                f"moves reach to byte {self._end} of a slot of {slot.numel()}",
-                remedy="detach from the stage and attach again",
-            )
+        refuse_short(slot.numel(), self._end)
         for crossing, treat in self._crossings:
             self._engine.cross(crossing.copies, slot.data_ptr(), treat)
         if self._direct is not None:

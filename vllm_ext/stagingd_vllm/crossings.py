@@ -118,17 +118,16 @@ class _Filling:
 
     def room(self, move: Move) -> int:
         """Bytes that a move could have."""
-        return self._size - (self._place_beside_last(move) or self._next_place(move))
+        return self._size - self._place(move)
 
     def add(self, move: Move) -> None:
         """There has to be room for all of it."""
         item = ITEM_BYTES[move.staged]
-        place = self._place_beside_last(move)
-        if place is not None:
+        place = self._place(move)
+        if self._joins_last(move):
             last = self._copies.pop()
             copy = replace(last, width=move.source_end - last.source, pitch=move.source_end - last.source)
         else:
-            place = self._next_place(move)
             width, rows = (_width(move) * move.rows, 1) if _is_one_piece(move) else (_width(move), move.rows)
             copy = Copy(move.source, width if rows == 1 else move.source_row * item, width, rows, place)
         self._copies.append(copy)
@@ -139,17 +138,19 @@ class _Filling:
         """What it is filled with."""
         return Crossing(tuple(self._copies), tuple(self.moves))
 
-    def _next_place(self, move: Move) -> int:
+    def _place(self, move: Move) -> int:
+        if self._joins_last(move):
+            last = self._copies[-1]
+            return last.place + move.source - last.source
         return -(-self._end // PLACE) * PLACE + move.source % PLACE
 
-    def _place_beside_last(self, move: Move) -> int | None:
-        """Where it lies if it is copied together with what was added last; None if it cannot be."""
+    def _joins_last(self, move: Move) -> bool:
+        """Whether one copy brings it and what was added last."""
         if not self._copies or self._copies[-1].rows > 1 or not _is_one_piece(move):
-            return None
+            return False
         last = self._copies[-1]
         near = 0 <= move.source - (last.source + last.width) < GAP
-        same = last.source // self._registered == move.source // self._registered
-        return last.place + move.source - last.source if near and same else None
+        return near and last.source // self._registered == move.source // self._registered
 
 
 def _in_rows(move: Move) -> bool:

@@ -20,7 +20,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -108,13 +108,12 @@ class Follower:
         """Attach all workers. Raises what ``stagingd_attach`` refuses."""
         self._connection = await asyncio.to_thread(Connection, self._socket, name=f"follower of {self._stage}")
         self._events = zmq.asyncio.Context.instance().socket(zmq.SUB)
-        self._events.connect(f"ipc://{self._connection.event_socket}")
-        self._events.subscribe(self._stage.encode())
-        try:
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._close)
+            self._events.connect(f"ipc://{self._connection.event_socket}")
+            self._events.subscribe(self._stage.encode())
             await self._attach()
-        except BaseException:
-            await self._close()
-            raise
+            undo.pop_all()
         self._tasks = [asyncio.create_task(what) for what in (self._follow(), self._listen())]
         return self
 

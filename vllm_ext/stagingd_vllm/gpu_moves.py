@@ -24,7 +24,7 @@ PROGRAMS: Final = 64
 PROGRAMS_LANDED: Final = 264
 """Two for each multiprocessor, where the bytes are on the device already."""
 PROGRAMS_BESIDE: Final = 4
-"""What disturbs a generating engine least, per byte: it loses 3 to 4 % while they run."""
+"""Beside a generating engine: few, as large batches lose speed by every multiprocessor that is taken."""
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter, which runs the kernel on a CPU, rounds bfloat16 and FP8 otherwise than GPUs do."""
 

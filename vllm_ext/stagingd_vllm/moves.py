@@ -121,6 +121,14 @@ class Move:
         return self.source + (last + 1) * ITEM_BYTES[self.staged]
 
 
+def refuse_short(slot_bytes: int, end: int) -> None:
+    """Raises MoveRefused: a slot has fewer bytes than moves read."""
+    if slot_bytes < end:
+        raise MoveRefused(
+            f"moves reach to byte {end} of a slot of {slot_bytes}", remedy="detach from the stage and attach again"
+        )
+
+
 class Job(IntEnum):
     """Columns of the job table: int64, one row per move, sizes and strides in elements. See Move and Scales."""
 

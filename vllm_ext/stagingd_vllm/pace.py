@@ -87,8 +87,8 @@ class Steps(Generic[Mark]):
     def after(self, number: int, timeout_s: float) -> Step[Mark] | None:
         """The newest step, if it is later than one; None if there is none within so many seconds."""
         with self._begun:
-            self._begun.wait_for(lambda: self._newest is not None and self._newest.number > number, timeout_s)
-            return self._newest if self._newest is not None and self._newest.number > number else None
+            there = self._begun.wait_for(lambda: self._newest is not None and self._newest.number > number, timeout_s)
+            return self._newest if there else None
 
 
 class Pace(Generic[Mark]):
