@@ -107,20 +107,20 @@ def test_while_it_generates_or_stands_for_it_the_host_waits_for_no_copy(pace: Ad
     assert torch.equal(live, slot)
 
 
-def test_copies_wait_for_the_inputs_of_their_step() -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_wait_for_the_inputs_of_their_step(seed: int) -> None:
     moves, slot, live = rows(4)
-    device = QueuedDevice()
+    device = QueuedDevice(seed)
     steps = Steps(device.computing.mark)
     engine = CopyEngine(device, BUFFER)
-    live.zero_()
-    taken = list[int]()
+    crossed_before = list[float]()
     with engine.paced(Pace(steps)):
-        device.computing.work(lambda: taken.append(int(live.sum())))
+        device.computing.work(lambda: crossed_before.append(device.now))
         steps.began()
         steps.began()
         engine.carrier(moves).carry(slot)
     device.synchronize()
-    assert taken == [0]
+    assert crossed_before == [0.0]
     assert torch.equal(live, slot)
 
 

@@ -70,14 +70,16 @@ def test_every_copy_fits_its_buffer_and_one_registration_and_no_two_lie_upon_eac
 
 
 def test_neighbours_are_one_copy_and_what_lies_far_apart_is_not() -> None:
-    def copies(*sources: int) -> list[Copy]:
-        (only,) = crossings([replace(matrix(64, 64), source=source) for source in sources], 1 << 20).buffered
+    def copies(*sources: int, registered: int = 1 << 30) -> list[Copy]:
+        moves = [replace(matrix(64, 64), source=source) for source in sources]
+        (only,) = crossings(moves, 1 << 20, registered).buffered
         return list(only.copies)
 
     size = 64 * 64 * 2
     assert copies(0, size) == [Copy(0, 2 * size, 2 * size, 1, 0)]
     assert copies(0, size + 512) == [Copy(0, 2 * size + 512, 2 * size + 512, 1, 0)]
     assert len(copies(0, size + GAP)) == 2
+    assert len(copies(0, size, registered=size)) == 2
     assert len(copies(0, 0)) == 2, "what is read twice lies in the buffer twice"
 
 
