@@ -28,6 +28,7 @@ from stagingd_vllm.follower import Cache, Follower
 from benchmarks.command import run_command
 from benchmarks.engine import options, refuse_inexact
 from benchmarks.host_case import BenchmarkFailed
+from benchmarks.nccl import BACKEND, has_trainer, nccl_seconds
 from benchmarks.read import NOT_RELOADED
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
@@ -168,7 +169,8 @@ async def measure(
     from vllm.v1.engine.async_llm import AsyncLLM  # noqa: PLC0415
 
     shape = options(stages.folder / model, mode, ranks, batches=batches, tokens=tokens + 64, share=0.7)
-    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(enable_prefix_caching=False, **shape))
+    backend = BACKEND if has_trainer(ranks) else {}
+    llm = AsyncLLM.from_engine_args(AsyncEngineArgs(enable_prefix_caching=False, **shape, **backend))
 
     async def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
         return checked(await llm.collective_rpc(method, kwargs=arguments))
@@ -194,6 +196,11 @@ async def measure(
                 times = await ask("stagingd_reload", times=3)
                 reloaded = max(statistics.median(rank["seconds"]) for rank in times)
                 found.append(Row(f"{label}: vLLM's layerwise reload, which stops it", reloaded * 1e3, "ms", "lower"))
+                if backend:
+                    sent = await nccl_seconds(model, ranks, llm)
+                    found.append(
+                        Row(f"{label}: vLLM's packed NCCL transfer, which stops it", sent * 1e3, "ms", "lower")
+                    )
     finally:
         llm.shutdown()
     return found

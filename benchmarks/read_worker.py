@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from stagingd_vllm.answers import Answer, answering
 from stagingd_vllm.attachment import Attachment
-from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.exactness import Exactness
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker, attachment_of
 from stagingd_vllm.layouts import homes
@@ -33,13 +32,18 @@ class ReadWorkerExtension(StagingdWorkerExtension):
     """The extension that users name, and what the benchmark asks."""
 
     @answering
+    def stagingd_allocated(self: Worker) -> Answer:
+        """Device memory that is taken now."""
+        return {"device_bytes": _reset(next(self.get_model().parameters()).device)}
+
+    @answering
     def stagingd_measure(self: Worker, updates: int) -> Answer:
         """Seconds of reading and writing a version from its lease on, all ranks at once, and of a pinned copy."""
         attachment = attachment_of(self)
-        device = next(self.get_model().parameters()).device
-        before = _reset(device)
+        device = attachment.receiver.device
+        _reset(device)
         seconds = [_timed(device, lambda: _apply(attachment)) for _ in range(updates)]
-        peak = _peak(device) - before
+        peak = _peak(device)
         bytes_read = attachment.receiver.plan.bytes_per_update
         return {
             "seconds": seconds,
@@ -50,23 +54,19 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         }
 
     @answering
-    def stagingd_measure_copy_engine(self: Worker, updates: int) -> Answer:
-        """The same seconds where the bytes cross by the GPU's copy engine instead of by a kernel."""
-        from stagingd_vllm.cuda_copies import CudaCopies  # noqa: PLC0415 - there is no such module without CUDA
-
+    def stagingd_measure_kernel(self: Worker, updates: int) -> Answer:
+        """The same seconds where a kernel reads the slot, instead of the copy engine."""
         attachment = attachment_of(self)
         receiver, reader = attachment.receiver, attachment.reader
         device = receiver.device
-        before = _reset(device)
-        through = CopyEngine(CudaCopies(device))
-        writer = Writer(receiver.plan, receiver.homes, reader.catalog, ScaleRule(), device, through=through)
+        writer = Writer(receiver.plan, receiver.homes, reader.catalog, ScaleRule(), device)
 
         def update() -> None:
             with reader.lease() as lease:
                 writer.write(lease.slot, lease.stored)
                 _synchronize(device)
 
-        return {"seconds": [_timed(device, update) for _ in range(updates)], "device_bytes": _peak(device) - before}
+        return {"seconds": [_timed(device, update) for _ in range(updates)]}
 
     @answering
     def stagingd_check(self: Worker) -> Answer:

@@ -106,8 +106,8 @@ class QueuedDevice:
         self._memory.append(aligned(size))
         return self._memory[-1].data_ptr()
 
-    def treating(self, moves: Sequence[Move], *, landed: bool) -> Treat:
-        del landed
+    def treating(self, moves: Sequence[Move], *, landed: bool, beside: bool) -> Treat:
+        del landed, beside
         end = max(move.source_end for move in moves)
 
         def treat(address: int) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from move_sets import MoveSet, aligned, move_sets
 from queued_device import RATE, CopyRefused, QueuedDevice
+from stagingd_vllm.carriers import copy_engine
 from stagingd_vllm.copy_engine import BUFFERS, FIRST_RATE, CopyEngine
 from stagingd_vllm.move_reference import run_moves
 from stagingd_vllm.moves import Move, MoveRefused, Treatment
@@ -44,7 +45,7 @@ PACES = st.sampled_from((None, Admitting(idle=False), Admitting(idle=True)))
 def carry(engine: CopyEngine, moves: list[Move], slot: torch.Tensor, pace: Any = None) -> None:
     """At a pace, or, without one, all at once."""
     with nullcontext() if pace is None else engine.paced(pace):
-        engine.carrier(moves).carry(slot)
+        engine.carrier(moves, beside=pace is not None).carry(slot)
 
 
 def expected(made: MoveSet, slot: torch.Tensor) -> torch.Tensor:
@@ -168,3 +169,16 @@ def test_on_a_gpu_one_version_after_another_is_carried_whole(made: MoveSet, pace
         torch.cuda.current_stream().synchronize()
         placed.fill_(0x77)
         assert torch.equal(live.cpu(), expected(made, slot))
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_for_buffers_has_its_slots_read_by_kernels_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        assert copy_engine(torch.device("cuda", 0)) is None
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "cuda:0 has no memory left for the 64 MiB of its copy engine's buffers" in caplog.text

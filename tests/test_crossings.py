@@ -23,10 +23,10 @@ def matrix(rows: int, columns: int) -> Move:
     return Move(0, columns, 1, rows, columns, 4096, columns, 1, "bfloat16", "bfloat16", Treatment.COPY)
 
 
-def crossed(made: Sequence[Move], size: int, registered: int, slot: torch.Tensor) -> Crossings:
+def crossed(made: Sequence[Move], size: int, narrowest: int, registered: int, slot: torch.Tensor) -> Crossings:
     """Carry moves out by way of a buffer, which holds what the crossing before has left."""
     buffer = torch.full((size,), 0x5A, dtype=torch.uint8)
-    cut = crossings(made, size, registered)
+    cut = crossings(made, size, narrowest, registered)
     for crossing in cut.buffered:
         for copy in crossing.copies:
             rows = slot[copy.source :].as_strided((copy.rows, copy.width), (copy.pitch, 1))
@@ -44,9 +44,7 @@ def test_live_memory_is_the_same_whichever_way_the_bytes_cross(
     live, expected = aligned(made.live.numel()), aligned(made.live.numel())
     for memory in (live, expected):
         memory.copy_(made.live)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("stagingd_vllm.crossings.NARROWEST", narrowest)
-        crossed(made.at(live.data_ptr()), size, registered, made.slot)
+    crossed(made.at(live.data_ptr()), size, narrowest, registered, made.slot)
     run_moves(made.at(expected.data_ptr()), made.slot)
     assert torch.equal(live, expected)
 
@@ -56,7 +54,7 @@ def test_live_memory_is_the_same_whichever_way_the_bytes_cross(
 def test_every_copy_fits_its_buffer_and_one_registration_and_no_two_lie_upon_each_other(
     made: MoveSet, size: int, registered: int
 ) -> None:
-    for crossing in crossings(made.moves, size, registered).buffered:
+    for crossing in crossings(made.moves, size, 1, registered).buffered:
         end = 0
         for copy in crossing.copies:
             assert copy.place >= end
@@ -72,7 +70,7 @@ def test_every_copy_fits_its_buffer_and_one_registration_and_no_two_lie_upon_eac
 def test_neighbours_are_one_copy_and_what_lies_far_apart_is_not() -> None:
     def copies(*sources: int, registered: int = 1 << 30) -> list[Copy]:
         moves = [replace(matrix(64, 64), source=source) for source in sources]
-        (only,) = crossings(moves, 1 << 20, registered).buffered
+        (only,) = crossings(moves, 1 << 20, registered=registered).buffered
         return list(only.copies)
 
     size = 64 * 64 * 2
@@ -93,7 +91,7 @@ def test_a_part_of_each_row_is_one_copy_and_lies_packed() -> None:
 @pytest.mark.parametrize(
     "move",
     [
-        pytest.param(replace(matrix(40, 64), source_row=4096), id="narrow rows"),
+        pytest.param(replace(matrix(40, NARROWEST // 2 - 8), source_row=4096), id="narrow rows"),
         pytest.param(replace(matrix(40, 1024), source_row=1, source_column=40), id="columns"),
         pytest.param(replace(matrix(40, 1024), source_row=512), id="rows that overlap"),
     ],
@@ -106,5 +104,5 @@ def test_what_the_copy_engine_takes_slowly_or_not_at_all_is_left_to_a_kernel(mov
 def test_what_was_aligned_in_the_slot_is_aligned_in_the_buffer(name: str) -> None:
     made = WIDE[name].at(4096)
     aligned_before = {found.kind.aligned for found in table(made)}
-    for crossing in crossings(made, BUFFER).buffered:
+    for crossing in crossings(made, BUFFER, 1).buffered:
         assert {found.kind.aligned for found in table(crossing.moves)} == aligned_before

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from move_sets import FLOATS, QUANTIZED, WIDE, MoveSet, aligned, halfway, move_sets, values, wide
-from stagingd_vllm.crossings import crossings
+from stagingd_vllm.crossings import NARROWEST_BESIDE, crossings
 from stagingd_vllm.move_reference import run_moves
 from stagingd_vllm.moves import ALIGNMENT, Kind, Move, MoveRefused, Scales, Treatment, table
 
@@ -56,7 +56,7 @@ def by_way_of_buffers(made: MoveSet, size: int) -> torch.Tensor:
     slot.copy_(made.slot)
     live, buffer = aligned(made.live.numel(), DEVICE), aligned(size, DEVICE)
     live.copy_(made.live)
-    cut = crossings(made.at(live.data_ptr()), size)
+    cut = crossings(made.at(live.data_ptr()), size, NARROWEST_BESIDE)
     for crossing in cut.buffered:
         for copy in crossing.copies:
             rows = slot[copy.source :].as_strided((copy.rows, copy.width), (copy.pitch, 1))

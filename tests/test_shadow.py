@@ -145,14 +145,15 @@ def test_tensors_that_only_the_models_own_loader_can_take_are_read_in_place(stag
         Shadow(replace(worker.plan, computed=(computed,)), homes(worker.model), stage.catalog, ScaleRule(), CPU, GIB)
 
 
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_by_way_of_a_copy_engine_the_same_is_written(stage: PrivateStage, scheme: str, rank: int) -> None:
+def test_by_way_of_a_copy_engine_the_same_is_written(stage: PrivateStage, scheme: str, rank: int, beside: bool) -> None:
     updated, brought = Parallel(scheme, rank, 2), Parallel(scheme, rank, 2)
     device = QueuedDevice(rank)
     through = paced(device, device.computing.mark)
     live = homes(brought.model)
-    writer = Writer(brought.plan, live, stage.catalog, ScaleRule(), CPU, beside=True, through=through.copies)
+    writer = Writer(brought.plan, live, stage.catalog, ScaleRule(), CPU, beside=beside, through=through.copies)
     receiver = Receiver(updated.model, updated.plan, stage)
     for version in (1, 2):
         lease = stage.lease(version)
@@ -161,16 +162,6 @@ def test_by_way_of_a_copy_engine_the_same_is_written(stage: PrivateStage, scheme
         device.synchronize()
         receiver.apply(stage.lease(version))
         assert memory(brought) == memory(updated)
-
-
-def test_the_buffers_count_as_what_a_shadow_takes(stage: PrivateStage) -> None:
-    worker = Parallel("plain", 0, 1)
-    needed = shadow_of(worker, stage).bytes
-    device = QueuedDevice()
-    through = paced(device, device.computing.mark)
-    with pytest.raises(NoRoomForShadow, match="no shadow"):
-        shadow_of(worker, stage, needed + through.copies.nbytes - 1, through=through)
-    assert shadow_of(worker, stage, needed + through.copies.nbytes, through=through).bytes == needed
 
 
 @pytest.mark.gpu

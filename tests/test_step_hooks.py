@@ -7,7 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 from stagingd_vllm.beside import paced
+from stagingd_vllm.carriers import copy_engine
 from stagingd_vllm.step_hooks import watch
+
+GPU = torch.device("cuda", 0)
 
 
 class Model(torch.nn.Module):
@@ -113,7 +116,9 @@ def test_a_runner_of_another_kind_is_not_watched() -> None:
 
 
 def test_on_a_cpu_there_is_no_copy_engine() -> None:
-    assert paced(CallingRunner(Model([])), Model([]), torch.device("cpu")) is None
+    cpu = torch.device("cpu")
+    assert copy_engine(cpu) is None
+    assert paced(None, CallingRunner(Model([])), Model([]), cpu) is None
 
 
 @pytest.mark.gpu
@@ -121,14 +126,14 @@ def test_where_steps_cannot_be_told_a_kernel_reads_the_slot_and_the_log_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for runner, said in ((None, "not given"), (object(), "object")):
-        assert paced(runner, Model([]), torch.device("cuda", 0)) is None
+        assert paced(copy_engine(GPU), runner, Model([]), GPU) is None
         assert f"runner ({said}) cannot be told" in caplog.text
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_versions_cross_at_the_pace_of_the_steps() -> None:
     runner = CallingRunner(Model([]))
-    through = paced(runner, runner.model, torch.device("cuda", 0))
+    through = paced(copy_engine(GPU), runner, runner.model, GPU)
     assert through is not None
     with through.at_work():
         for _ in range(3):

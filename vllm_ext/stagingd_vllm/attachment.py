@@ -136,7 +136,7 @@ class Attachment:
             plan = derive_plan(model, vllm_config, staged, aliases)
             receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
             undo.callback(receiver.close)
-            through = partial(paced, runner, model, receiver.device)
+            through = partial(paced, receiver.copies, runner, model, receiver.device)
             shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib, through)
             undo.pop_all()
         groups = groups_of(vllm_config.parallel_config)

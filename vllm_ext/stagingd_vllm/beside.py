@@ -11,38 +11,30 @@ import torch
 
 from stagingd_vllm.copy_engine import CopyEngine, Mark, Paced
 from stagingd_vllm.pace import Pace, Steps
-from stagingd_vllm.shadow import NoRoomForShadow
 from stagingd_vllm.step_hooks import watch
 
 logger = logging.getLogger(__name__)
 
 
-def paced(runner: object | None, model: torch.nn.Module, device: torch.device) -> Paced | None:
+def paced(
+    copies: CopyEngine | None, runner: object | None, model: torch.nn.Module, device: torch.device
+) -> Paced | None:
     """A device's copy engine, at the pace of a runner's steps.
 
     Args:
+        copies: the copy engine, if there is one.
         runner: vLLM's model runner; None where it is not known.
         model: the runner's.
         device: the model's.
 
     Returns:
-        The copy engine. None on a CPU; and, with a line in the log, where steps cannot be told: there a kernel reads
-        the slot.
-
-    Raises:
-        NoRoomForShadow: the device has no memory left for the buffers.
+        It, at that pace. None where there is none; and, with a line in the log, where steps cannot be told: there a
+        kernel reads the slot.
     """
-    if device.type != "cuda":
+    if copies is None:
         return None
-    from stagingd_vllm.cuda_copies import CudaCopies, mark_current
+    from stagingd_vllm.cuda_copies import mark_current
 
-    try:
-        copies = CopyEngine(CudaCopies(device))
-    except torch.OutOfMemoryError as error:
-        raise NoRoomForShadow(
-            f"no shadow: {device} has no memory left for the buffers of its copy engine. Versions are read in place",
-            remedy="give the engine less of its memory (gpu_memory_utilization)",
-        ) from error
     steps: Steps[Mark] = Steps(partial(mark_current, device))
     unwatch = None if runner is None else watch(runner, model, steps.began)
     if unwatch is None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -11,8 +12,11 @@ import torch
 
 from stagingd import pinning
 from stagingd.errors import DeviceUnusable
+from stagingd_vllm.copy_engine import BUFFER_BYTES, BUFFERS, CopyEngine
 from stagingd_vllm.move_reference import run_moves
 from stagingd_vllm.moves import Move, refuse_short, table
+
+logger = logging.getLogger(__name__)
 
 
 class Carrier(Protocol):
@@ -70,6 +74,31 @@ def carrier(moves: Sequence[Move], device: torch.device, *, beside: bool = False
         return HostCarrier(moves)
     _check_cuda(device)
     return DeviceCarrier(moves, device, beside=beside)
+
+
+def copy_engine(device: torch.device) -> CopyEngine | None:
+    """A device's copy engine, with buffers for what it brings.
+
+    Returns:
+        None on a CPU; and, with a line in the log, where the device has no memory left for the buffers: kernels read
+        the slot there.
+    """
+    if device.type == "cpu":
+        return None
+    _check_cuda(device)
+    from stagingd_vllm.cuda_copies import CudaCopies
+
+    try:
+        return CopyEngine(CudaCopies(device))
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "%s has no memory left for the %d MiB of its copy engine's buffers: a kernel reads versions instead, which "
+            "takes longer, and takes multiprocessors from an engine that generates meanwhile; give the engine less of "
+            "its memory (gpu_memory_utilization)",
+            device,
+            BUFFER_BYTES * BUFFERS // 2**20,
+        )
+        return None
 
 
 def registered(slots: Sequence[torch.Tensor], device: torch.device, owner: object) -> Callable[[], None]:

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 
 import torch
 
-from stagingd_vllm.crossings import Copy, crossings
+from stagingd_vllm.crossings import NARROWEST, NARROWEST_BESIDE, Copy, Crossings, crossings
 from stagingd_vllm.moves import Move, refuse_short
 from stagingd_vllm.pace import Pace
 
@@ -76,8 +76,14 @@ class Device(Protocol):
     def buffer(self, size: int) -> int:
         """The address of memory on the device, which lives as long as this object."""
 
-    def treating(self, moves: Sequence[Move], *, landed: bool) -> Treat:
-        """Get ready to carry moves out, from a buffer where they have landed, or else from the slot itself."""
+    def treating(self, moves: Sequence[Move], *, landed: bool, beside: bool) -> Treat:
+        """Get ready to carry moves out, from a buffer where they have landed, or else from the slot itself.
+
+        Args:
+            moves: what is carried out.
+            landed: whether they have landed.
+            beside: whether the device computes meanwhile, and is to be disturbed least.
+        """
 
 
 @dataclass
@@ -119,9 +125,18 @@ class CopyEngine:
             finally:
                 self._pace = None
 
-    def carrier(self, moves: Sequence[Move]) -> BufferedCarrier:
-        """Who carries moves out by way of the buffers. Raises MoveRefused: a move contradicts itself."""
-        return BufferedCarrier(moves, self, self._device, self._size)
+    def carrier(self, moves: Sequence[Move], *, beside: bool = False) -> BufferedCarrier:
+        """Who carries moves out by way of the buffers.
+
+        Args:
+            moves: what is carried.
+            beside: whether the device computes meanwhile, and is to be disturbed least.
+
+        Raises:
+            MoveRefused: a move contradicts itself.
+        """
+        cut = crossings(moves, self._size, NARROWEST_BESIDE if beside else NARROWEST)
+        return BufferedCarrier(cut, self, self._device, beside=beside)
 
     def cross(self, copies: Sequence[Copy], slot: int, treat: Treat) -> None:
         """Start copies into the next buffer, and what is done with it on the device's current queue.
@@ -184,12 +199,13 @@ class Paced:
 class BufferedCarrier:
     """One set of moves, from either slot. ``CopyEngine.carrier`` makes it."""
 
-    def __init__(self, moves: Sequence[Move], engine: CopyEngine, device: Device, size: int) -> None:
-        cut = crossings(moves, size)
+    def __init__(self, cut: Crossings, engine: CopyEngine, device: Device, *, beside: bool) -> None:
         self._engine = engine
-        self._end = max((move.source_end for move in moves), default=0)
-        self._crossings = [(crossing, device.treating(crossing.moves, landed=True)) for crossing in cut.buffered]
-        self._direct = device.treating(cut.direct, landed=False) if cut.direct else None
+        self._end = cut.source_end
+        self._crossings = [
+            (crossing, device.treating(crossing.moves, landed=True, beside=beside)) for crossing in cut.buffered
+        ]
+        self._direct = device.treating(cut.direct, landed=False, beside=beside) if cut.direct else None
 
     def carry(self, slot: torch.Tensor) -> None:
         """Start carrying all moves out, on the device's current queue, as a pace admits it.

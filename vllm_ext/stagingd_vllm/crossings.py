@@ -9,6 +9,7 @@ reads the slot itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
@@ -17,8 +18,10 @@ from stagingd.dtypes import ITEM_BYTES
 from stagingd.pinning import CHUNK_BYTES
 from stagingd_vllm.moves import ALIGNMENT, Move
 
-NARROWEST: Final = 256
-"""Bytes of the narrowest rows that the copy engine takes at half the link's speed at least: 1024 for all of it."""
+NARROWEST: Final = 1024
+"""Bytes of the narrowest rows that the copy engine takes at the link's full speed."""
+NARROWEST_BESIDE: Final = 256
+"""The narrowest that it takes at half of that: a kernel is quicker, but disturbs a device that computes more."""
 GAP: Final = 4096
 """So many bytes are copied along if that makes one copy of two: it takes less time than another copy's start."""
 PLACE: Final = 256
@@ -48,6 +51,11 @@ class Copy:
         """What it takes of the buffer."""
         return self.width * self.rows
 
+    @property
+    def source_end(self) -> int:
+        """Of the last row, in bytes from the slot's start."""
+        return self.source + (self.rows - 1) * self.pitch + self.width
+
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
@@ -74,20 +82,27 @@ class Crossings:
     buffered: tuple[Crossing, ...]
     direct: tuple[Move, ...]
 
+    @property
+    def source_end(self) -> int:
+        """Bytes that a slot has at least."""
+        copied = (copy.source_end for crossing in self.buffered for copy in crossing.copies)
+        return max(itertools.chain(copied, (move.source_end for move in self.direct)), default=0)
 
-def crossings(moves: Iterable[Move], size: int, registered: int = CHUNK_BYTES) -> Crossings:
+
+def crossings(moves: Iterable[Move], size: int, narrowest: int = NARROWEST, registered: int = CHUNK_BYTES) -> Crossings:
     """Cut moves.
 
     Args:
         moves: what is carried, as ``moves.table`` accepts it.
         size: bytes of a buffer.
+        narrowest: bytes of the narrowest rows that are copied.
         registered: the slot is registered in parts of so many bytes; no copy may cross from one into the next.
     """
     made: list[Crossing] = []
     direct: list[Move] = []
     filling = _Filling(size, registered)
     for move in sorted(moves, key=lambda move: move.source):
-        if not _in_rows(move):
+        if not _in_rows(move, narrowest):
             direct.append(move)
             continue
         for part in _narrowed(move, size - 2 * PLACE):
@@ -153,11 +168,11 @@ class _Filling:
         return near and last.source // self._registered == move.source // self._registered
 
 
-def _in_rows(move: Move) -> bool:
+def _in_rows(move: Move, narrowest: int) -> bool:
     """Whether its source is rows of neighbours, wide enough for the copy engine, that do not overlap."""
     if move.columns > 1 and move.source_column != 1:
         return False
-    return _is_one_piece(move) or (_width(move) >= NARROWEST and move.source_row >= move.columns)
+    return _is_one_piece(move) or (_width(move) >= narrowest and move.source_row >= move.columns)
 
 
 def _is_one_piece(move: Move) -> bool:

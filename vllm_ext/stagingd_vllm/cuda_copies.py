@@ -19,7 +19,7 @@ from cuda.bindings import runtime
 from stagingd.errors import DeviceUnusable
 from stagingd_vllm.copy_engine import Mark, Treat
 from stagingd_vllm.crossings import Copy
-from stagingd_vllm.gpu_moves import PROGRAMS_BESIDE, PROGRAMS_LANDED, MovesOnGpu
+from stagingd_vllm.gpu_moves import PROGRAMS, PROGRAMS_BESIDE, PROGRAMS_LANDED, MovesOnGpu
 from stagingd_vllm.moves import Move, table
 
 _TO_DEVICE: Final = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -110,7 +110,7 @@ class CudaCopies:
         self._buffers.append(torch.empty(size, dtype=torch.uint8, device=self._device))
         return self._buffers[-1].data_ptr()
 
-    def treating(self, moves: Sequence[Move], *, landed: bool) -> Treat:
+    def treating(self, moves: Sequence[Move], *, landed: bool, beside: bool) -> Treat:
         """By the kernel: by all multiprocessors for a moment, or, at the link's speed, by few."""
-        programs = PROGRAMS_LANDED if landed else PROGRAMS_BESIDE
+        programs = PROGRAMS_LANDED if landed else PROGRAMS_BESIDE if beside else PROGRAMS
         return partial(MovesOnGpu(table(moves), self._device).run, programs=programs)

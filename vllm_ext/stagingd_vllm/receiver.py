@@ -16,7 +16,7 @@ import torch
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
 from stagingd.moments import StoredMoments
-from stagingd_vllm.carriers import registered
+from stagingd_vllm.carriers import copy_engine, registered
 from stagingd_vllm.computed import Loading, OwnLoader
 from stagingd_vllm.layouts import Home, LayoutUnknown, homes
 from stagingd_vllm.plan import ReadPlan, Region
@@ -144,7 +144,8 @@ class Receiver:
         ]
         self.device = _device_of(live)
         self._own_loader = OwnLoader(plan, found, loading, source.catalog)
-        self._writer = Writer(plan, live, source.catalog, rule or ScaleRule(), self.device)
+        self.copies = copy_engine(self.device)
+        self._writer = Writer(plan, live, source.catalog, rule or ScaleRule(), self.device, through=self.copies)
         self._bytes = plan.bytes_per_update
         self._unregister: Callable[[], None] = registered(source.slots, self.device, self)
 

@@ -68,9 +68,8 @@ class Shadow:
         in_place = f"in place, where generation stops for {plan.bytes_per_update / LINK * 1e3:.0f} ms or more each time"
         if plan.computed:
             raise _no_room(f"tensor {plan.computed[0].tensor} goes through the model's own loader", in_place)
-        takes = self.bytes + (through.copies.nbytes if through else 0)
-        if takes > budget:
-            raise _no_room(f"it takes {takes / GIB:.2f} GiB, and {budget / GIB:.2f} GiB are allowed", in_place)
+        if self.bytes > budget:
+            raise _no_room(f"it takes {self.bytes / GIB:.2f} GiB, and {budget / GIB:.2f} GiB are allowed", in_place)
         try:
             shadows = {name: _shadow_of(home) for name, home in homes.items()}
         except torch.OutOfMemoryError as error:

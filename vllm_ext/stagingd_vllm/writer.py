@@ -60,7 +60,10 @@ class Writer:
         for part in in_parts(plan, homes):
             recipe = make_recipe(part, homes, catalog, rule)
             scales = LiveScales(recipe, device, beside=beside)
-            weights = through.carrier(recipe.moves) if through else carrier(recipe.moves, device, beside=beside)
+            if through is None:
+                weights: Carrier = carrier(recipe.moves, device, beside=beside)
+            else:
+                weights = through.carrier(recipe.moves, beside=beside)
             self._parts.append(Part(scales, weights))
 
     def write(self, slot: torch.Tensor, stored: StoredMoments) -> None:
