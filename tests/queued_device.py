@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,10 @@ class QueuedQueue:
 
     def after(self, mark: QueuedMark) -> None:
         self._work.append(lambda: mark.reached)
+
+    def computing(self) -> AbstractContextManager[None]:
+        """What torch computes on a CPU is done at once, which no order forbids."""
+        return nullcontext()
 
     def copy(self, copy: Copy, slot: int, buffer: int) -> None:
         if copy.bytes == self.device.refused:

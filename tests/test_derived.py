@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stagingd_vllm.derived import refresh_derived
+from stagingd_vllm.derived import made_anew, refresh_derived
 from stagingd_vllm.layouts import LayoutUnknown, homes
 
 
@@ -32,7 +32,7 @@ def test_what_is_derived_follows_the_weights_and_stays_where_it_was() -> None:
     attention = model[0]
     before = attention.W_UK_T, attention.W_UV
     attention.kv_b_proj.weight.data.normal_()
-    refresh_derived(model, torch.float32)
+    refresh_derived(made_anew(model), torch.float32)
     assert attention.W_UK_T is before[0]
     assert attention.W_UV is before[1]
     assert attention.W_UK_T.t().equal(attention.kv_b_proj.weight[:3])
@@ -43,7 +43,7 @@ def test_what_is_derived_in_another_shape_is_refused() -> None:
     model = torch.nn.Sequential(MLAAttention())
     model[0].W_UV = torch.zeros(2, 2)
     with pytest.raises(LayoutUnknown, match=r"0\.W_UV was torch\.float32 \(2, 2\) and is made anew as"):
-        refresh_derived(model, torch.float32)
+        refresh_derived(made_anew(model), torch.float32)
 
 
 def test_no_loader_is_expected_to_write_what_is_derived() -> None:

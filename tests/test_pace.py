@@ -107,7 +107,7 @@ def test_before_the_first_step_nobody_is_in_the_way() -> None:
 
 
 def test_of_a_step_that_was_watched_before_nothing_is_left() -> None:
-    steps = Steps(lambda: "inputs", ticking(1.0, 1.25, 1.5))
+    steps = Steps(lambda: "inputs", ticking(1.0, 1.25, 1.5, 99.0))
     pace = Pace(steps)
     with pace.watching():
         for _ in range(3):
@@ -116,6 +116,17 @@ def test_of_a_step_that_was_watched_before_nothing_is_left() -> None:
     with pace.watching():
         assert pace.admit(SHARE * 0.1) is None
         assert pace.idle
+
+
+def test_a_watch_that_begins_between_two_steps_waits_for_the_next() -> None:
+    steps = Steps(lambda: "inputs", ticking(1.0, 1.25, 1.5, 1.7, 1.75))
+    pace = Pace(steps)
+    for _ in range(3):
+        steps.began()
+    with pace.watching():
+        assert not pace.idle
+        steps.began()
+        assert pace.admit(SHARE * 0.25) == "inputs", "what a step takes is known from before"
 
 
 def test_slow_steps_are_waited_for_longer() -> None:
@@ -134,13 +145,13 @@ def ticking(*times: float) -> Callable[[], float]:
 
 def test_a_step_takes_what_those_before_it_took() -> None:
     marks = itertools.count(1)
-    steps = Steps(marks.__next__, ticking(1.0, 1.25, 1.5, 9.5))
+    steps = Steps(marks.__next__, ticking(1.0, 1.25, 1.5, 2.4))
     with steps.watched():
         steps.began()
         assert steps.after(0, 0.0) == Step(1, 1, 0.0)
         for _ in range(3):
             steps.began()
-        assert steps.after(1, 0.0) == Step(4, 4, 0.25), "the one that took eight seconds is an exception"
+        assert steps.after(1, 0.0) == Step(4, 4, 0.25), "the one that took longer is an exception"
         assert steps.after(4, 0.0) is None
 
 
@@ -154,13 +165,11 @@ def test_nothing_is_marked_while_nobody_watches() -> None:
     assert next(marks) == 1
 
 
-def test_the_time_between_two_watches_is_not_a_steps() -> None:
+def test_the_time_that_an_engine_was_idle_is_not_a_steps() -> None:
     steps = Steps(lambda: None, ticking(1.0, 50.0, 50.5))
     with steps.watched():
-        steps.began()
-    with steps.watched():
-        steps.began()
-        steps.began()
+        for _ in range(3):
+            steps.began()
     newest = steps.after(0, 0.0)
     assert newest is not None
     assert newest.seconds == 0.5

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.beside import paced
 from stagingd_vllm.copy_engine import Paced
-from stagingd_vllm.derived import refresh_derived
+from stagingd_vllm.derived import made_anew, refresh_derived
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.place import Place, groups_of
@@ -34,10 +34,8 @@ from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
 from stagingd_vllm.sleep import allocators, refuse_asleep, weights_asleep
+from stagingd_vllm.witness import Witness
 
-WITNESS_PARAMETERS = 64
-WITNESS_BYTES = 256
-"""So many bytes of so many parameters, spread evenly, stand for the weights when they are looked at again."""
 NOT_ASKED_FOR = "no memory is allowed for prefetching"
 READ_S = 30.0
 """The longest that a version which is being read may take to end when its worker leaves, in seconds."""
@@ -85,7 +83,7 @@ class Attachment:
         self._in_place_because = in_place_because
         self._prefetcher = Prefetcher(reader, self._write_to_shadow)
         self._groups = groups
-        self._witness: torch.Tensor | None = None
+        self._seen: torch.Tensor | None = None
 
     @classmethod
     def to(
@@ -134,7 +132,8 @@ class Attachment:
             staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
             aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
             plan = derive_plan(model, vllm_config, staged, aliases)
-            receiver = Receiver(model, plan, reader, rule, lambda: _refresh(model, vllm_config), loading(vllm_config))
+            refresh = _refreshing(model, vllm_config)
+            receiver = Receiver(model, plan, reader, rule, refresh, loading(vllm_config))
             undo.callback(receiver.close)
             through = partial(paced, receiver.copies, runner, model, receiver.device)
             shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib, through)
@@ -160,7 +159,7 @@ class Attachment:
         self._prefetcher.refuse_while_reading()
         lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
         report = self.receiver.apply(lease)
-        self._witness = self._look()
+        self._seen = self._witness.look()
         return report
 
     def prefetch(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> None:
@@ -207,7 +206,7 @@ class Attachment:
             self.receiver.check()
         self.receiver.take(shadow, there)
         self._prefetcher.forget()
-        self._witness = self._look()
+        self._seen = self._witness.look()
         return SwapReport(there, shadow.bytes, time.perf_counter() - started)
 
     def _require_shadow(self) -> Shadow:
@@ -226,13 +225,13 @@ class Attachment:
         else has written to the weights since. The last is told by a sample of them: some hundred bytes of each of
         some tens of parameters, spread evenly, so what leaves nearly every element as it was can pass unseen.
         """
-        if self._witness is None or weights_asleep(allocators()):
+        if self._seen is None or weights_asleep(allocators()):
             return None
         try:
             self.receiver.check()
         except LayoutChanged:
             return None
-        return self.receiver.version if torch.equal(self._witness, self._look()) else None
+        return self.receiver.version if torch.equal(self._seen, self._witness.look()) else None
 
     def quantization_error(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """How far what the weights hold, by the scale rule and by amax beside it, lies from what is staged.
@@ -266,10 +265,9 @@ class Attachment:
             },
         }
 
-    def _look(self) -> torch.Tensor:
-        """A sample of the bytes of the live weights, on their device: WITNESS_BYTES of each parameter at most."""
-        written = [home.weight for _, home in sorted(self.receiver.homes.items())]
-        return torch.cat([_sample(weight) for weight in written[:: -(-len(written) // WITNESS_PARAMETERS)]])
+    @cached_property
+    def _witness(self) -> Witness:
+        return Witness(home.weight for _, home in sorted(self.receiver.homes.items()))
 
     def summary(self) -> dict[str, Any]:
         """The worker's place, and what every update reads: numbers, strings, and lists and maps of strings."""
@@ -321,13 +319,11 @@ def _shadow(
     return shadow, ""
 
 
-def _refresh(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
-    with set_current_vllm_config(vllm_config):
-        refresh_derived(model, vllm_config.model_config.dtype)
+def _refreshing(model: torch.nn.Module, vllm_config: VllmConfig) -> Callable[[], None]:
+    modules = made_anew(model)
 
+    def refresh() -> None:
+        with set_current_vllm_config(vllm_config):
+            refresh_derived(modules, vllm_config.model_config.dtype)
 
-def _sample(parameter: torch.Tensor) -> torch.Tensor:
-    count = min(parameter.numel(), WITNESS_BYTES // parameter.element_size())
-    # Evenly over the memory that it has, whatever the order of its dimensions.
-    spread = torch.as_strided(parameter, (count,), (parameter.numel() // count,), parameter.storage_offset())
-    return spread.contiguous().view(torch.uint8)
+    return refresh if modules else lambda: None

@@ -54,6 +54,9 @@ class Queue(Protocol):
     def after(self, mark: Mark) -> None:
         """What is queued from now on waits for a mark; the host does not."""
 
+    def computing(self) -> AbstractContextManager[object]:
+        """While it is open, what the calling thread computes on the device is queued here."""
+
     def copy(self, copy: Copy, slot: int, buffer: int) -> None:
         """Copy to the device.
 
@@ -124,6 +127,20 @@ class CopyEngine:
                 yield
             finally:
                 self._pace = None
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """While it is open, what the calling thread computes comes before all copies, and treatments, that follow.
+
+        It waits for the copies before it, and not for their treatment.
+        """
+        with self._device.copying.computing():
+            yield
+        self._device.current().after(self._device.copying.mark())
+
+    def begin(self) -> None:
+        """Have all that follows wait for what the device's current queue was given: it may use what is written now."""
+        self._device.copying.after(self._device.current().mark())
 
     def carrier(self, moves: Sequence[Move], *, beside: bool = False) -> BufferedCarrier:
         """Who carries moves out by way of the buffers.

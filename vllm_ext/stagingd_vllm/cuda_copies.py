@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -19,7 +20,7 @@ from cuda.bindings import runtime
 from stagingd.errors import DeviceUnusable
 from stagingd_vllm.copy_engine import Mark, Treat
 from stagingd_vllm.crossings import Copy
-from stagingd_vllm.gpu_moves import PROGRAMS, PROGRAMS_BESIDE, PROGRAMS_LANDED, MovesOnGpu
+from stagingd_vllm.gpu_moves import PROGRAMS, PROGRAMS_BESIDE, PROGRAMS_LANDED, PROGRAMS_LANDED_BESIDE, MovesOnGpu
 from stagingd_vllm.moves import Move, table
 
 _TO_DEVICE: Final = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -73,6 +74,10 @@ class CudaQueue:
         assert isinstance(mark, CudaMark)
         self._stream.wait_event(mark.event)
 
+    def computing(self) -> AbstractContextManager[object]:
+        """Torch's context of the stream."""
+        return torch.cuda.stream(self._stream)
+
     def copy(self, copy: Copy, slot: int, buffer: int) -> None:
         """Start a copy to the device. Raises DeviceUnusable."""
         target, source, handle = buffer + copy.place, slot + copy.source, self._stream.cuda_stream
@@ -111,6 +116,9 @@ class CudaCopies:
         return self._buffers[-1].data_ptr()
 
     def treating(self, moves: Sequence[Move], *, landed: bool, beside: bool) -> Treat:
-        """By the kernel: by all multiprocessors for a moment, or, at the link's speed, by few."""
-        programs = PROGRAMS_LANDED if landed else PROGRAMS_BESIDE if beside else PROGRAMS
+        """By the kernel: by many multiprocessors for a moment, or, at the link's speed, by few."""
+        if landed:
+            programs = PROGRAMS_LANDED_BESIDE if beside else PROGRAMS_LANDED
+        else:
+            programs = PROGRAMS_BESIDE if beside else PROGRAMS
         return partial(MovesOnGpu(table(moves), self._device).run, programs=programs)

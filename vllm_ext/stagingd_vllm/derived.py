@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 
@@ -14,22 +15,26 @@ MADE_ANEW = frozenset({"MLAAttention"})
 """Multi-head latent attention keeps parts of ``kv_b_proj`` in layouts of its own (W_UV, W_UK_T), dequantized."""
 
 
-def refresh_derived(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Have a live model make anew what it derives from weights that were written.
+def made_anew(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The modules of a live model that derive something from their weights, with their names."""
+    return [(name, module) for name, module in model.named_modules() if type(module).__name__ in MADE_ANEW]
+
+
+def refresh_derived(modules: Iterable[tuple[str, Any]], dtype: torch.dtype) -> None:
+    """Have modules make anew what they derive from weights that were written; vLLM's configuration has to be current.
 
     Args:
-        model: the live model; vLLM's configuration has to be the current one.
-        dtype: of its activations.
+        modules: as ``made_anew`` finds them.
+        dtype: of the model's activations.
 
     Raises:
         LayoutUnknown: what is made anew has another shape or dtype than what was there.
     """
-    for name, module in model.named_modules():
-        if type(module).__name__ in MADE_ANEW:
-            before = dict(_tensors(module))
-            module.process_weights_after_loading(dtype)
-            for attribute, old in before.items():
-                _put_back(name, module, attribute, old)
+    for name, module in modules:
+        before = dict(_tensors(module))
+        module.process_weights_after_loading(dtype)
+        for attribute, old in before.items():
+            _put_back(name, module, attribute, old)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

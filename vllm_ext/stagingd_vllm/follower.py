@@ -39,9 +39,11 @@ from stagingd_vllm.versions import EngineNotSupported
 WAKE_S = 1.0
 """An event may be lost, with a daemon that ends for one: so often is looked without any, in seconds."""
 POLL_S = 0.01
-"""How often workers are asked once their lease has ended, until they have noticed it, in seconds."""
+"""How often workers are asked once their lease was taken away, until they have noticed it, in seconds."""
 POLLS = 20
 """How often in a row, before the next event is waited for."""
+NOTICED_S = 1.0
+"""How long a worker may take to notice that it has read a version, once the daemon knows, in seconds."""
 CALL_S = 300.0
 """The longest that all workers may take to answer, in seconds: attaching derives a plan, and registers memory."""
 READ_S = 120.0
@@ -100,6 +102,7 @@ class Follower:
         self._changed = asyncio.Condition()
         self._sealed = asyncio.Event()
         self._released = asyncio.Event()
+        self._read: int | None = None
         self.mode = "in_place"
         self.version: int | None = None
         """The version that the engine computes with; None before the first."""
@@ -262,6 +265,7 @@ class Follower:
                 version = (await self._ask("stagingd_update", **which))[0]["version"]
                 await self._label(version)
         else:
+            self._released.clear()
             await self._ask("stagingd_prefetch", **which)
             version = await self._prefetched()
             async with self._cache_handled():
@@ -273,7 +277,8 @@ class Follower:
     async def _swap(self, version: int) -> None:
         try:
             # Both at once: the engine finds the label before it begins another step.
-            await asyncio.gather(self._ask("stagingd_swap", version=version), self._label(version))
+            swapping = self._ask("stagingd_swap", version=version, timeout_s=NOTICED_S)
+            await asyncio.gather(swapping, self._label(version))
         except StagingError:
             await self._label(self.version)
             raise
@@ -285,11 +290,16 @@ class Follower:
             await self._call(update(str(version)))
 
     async def _prefetched(self) -> int:
-        """The version that all workers have read. Raises StagingError: one could not."""
+        """The version that all workers have read. Raises StagingError: one could not.
+
+        Once all have given it back, the daemon's word is enough: every question is a pause of some milliseconds.
+        """
         until = asyncio.get_running_loop().time() + READ_S
         while asyncio.get_running_loop().time() < until:
-            released = await _heard(self._released)
-            for _ in range(POLLS if released else 1):
+            ended = await _heard(self._released)
+            if ended and self._read is not None:
+                return self._read
+            for _ in range(POLLS if ended else 1):
                 answers = await self._call(self._llm.collective_rpc("stagingd_prefetched"))
                 # While one of them reads, nobody can be asked to prefetch again.
                 if all(answer.get("version", "refused") is not None for answer in answers):
@@ -307,9 +317,11 @@ class Follower:
                 continue
             if event.event == "sealed":
                 self._sealed.set()
-            elif event.event == "lease_lost" or (
-                event.event == "released" and event.detail == f"engine {self._engine!r}"
-            ):
+            elif event.event == "lease_lost":
+                self._read = None
+                self._released.set()
+            elif event.event == "released" and event.detail == f"engine {self._engine!r}":
+                self._read = event.version
                 self._released.set()
 
     @asynccontextmanager

@@ -23,6 +23,8 @@ PROGRAMS: Final = 64
 """Enough for the link's full speed with rows as narrow as 128 bytes."""
 PROGRAMS_LANDED: Final = 264
 """Two for each multiprocessor, where the bytes are on the device already."""
+PROGRAMS_LANDED_BESIDE: Final = 64
+"""The same beside a generating engine: what is left of the device goes on with its step."""
 PROGRAMS_BESIDE: Final = 4
 """Beside a generating engine: few, as large batches lose speed by every multiprocessor that is taken."""
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)

@@ -23,6 +23,8 @@ SHARE: Final = 0.6
 """Of a step's time. With more, what is late reaches the next step's inputs."""
 IDLE_S: Final = 0.02
 """Without a new step for so long, in seconds, or for twice the usual time of one, nobody is in the way."""
+LONGEST_S: Final = 1.0
+"""What lies further apart, in seconds, says nothing of the time that steps take."""
 REMEMBERED: Final = 8
 
 Mark = TypeVar("Mark")
@@ -34,7 +36,7 @@ class Step(Generic[Mark]):
     """A step of an engine.
 
     Attributes:
-        number: how many have begun before, and this one.
+        number: how many have begun before while steps were watched, and this one.
         inputs: reached when its inputs are on the device.
         seconds: what a step takes, by those before it; 0 where there were none.
     """
@@ -57,31 +59,38 @@ class Steps(Generic[Mark]):
         self._clock = clock
         self._watched = False
         self._newest: Step[Mark] | None = None
+        self._number = 0
         self._begun = threading.Condition()
         self._times: deque[float] = deque(maxlen=REMEMBERED)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """While it is open, steps are marked."""
-        with self._begun:
-            self._times.clear()
-            self._watched = True
+        self._newest = None
+        self._watched = True
         try:
             yield
         finally:
             self._watched = False
 
+    @property
+    def quiet(self) -> bool:
+        """Whether no step has begun for longer than they usually take."""
+        times = list(self._times)
+        return not times or self._clock() - times[-1] > patience(_usual(times))
+
     def began(self) -> None:
         """A step's inputs have been handed to the device, and its computations not yet."""
+        now = self._clock()
+        if self._times and now - self._times[-1] > LONGEST_S:
+            self._times.clear()
+        self._times.append(now)
         if not self._watched:
             return
-        mark, now = self._mark(), self._clock()
+        mark, seconds = self._mark(), _usual(list(self._times))
         with self._begun:
-            self._times.append(now)
-            times = list(self._times)
-            seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
-            number = self._newest.number + 1 if self._newest else 1
-            self._newest = Step(number, mark, statistics.median(seconds) if seconds else 0.0)
+            self._number += 1
+            self._newest = Step(self._number, mark, seconds)
             self._begun.notify_all()
 
     def after(self, number: int, timeout_s: float) -> Step[Mark] | None:
@@ -89,6 +98,17 @@ class Steps(Generic[Mark]):
         with self._begun:
             there = self._begun.wait_for(lambda: self._newest is not None and self._newest.number > number, timeout_s)
             return self._newest if there else None
+
+
+def _usual(times: list[float]) -> float:
+    """Seconds from one step to the next; 0 where there are none."""
+    seconds = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return statistics.median(seconds) if seconds else 0.0
+
+
+def patience(usual: float) -> float:
+    """How long the next step may let wait until nobody is in the way, given what one takes; both in seconds."""
+    return max(IDLE_S, 2 * usual)
 
 
 class Pace(Generic[Mark]):
@@ -111,7 +131,7 @@ class Pace(Generic[Mark]):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While it is open, the engine's steps are watched, and copies may be admitted."""
-        self._left, self.idle = 0.0, True
+        self._left, self.idle = 0.0, self._steps.quiet
         with self._steps.watched():
             yield
 
@@ -138,4 +158,4 @@ class Pace(Generic[Mark]):
 
     def _patience(self) -> float:
         """How long a step is waited for before the next copy, in seconds."""
-        return 0.0 if self.idle or self._left > 0 else max(IDLE_S, 2 * self._usual)
+        return 0.0 if self.idle or self._left > 0 else patience(self._usual)

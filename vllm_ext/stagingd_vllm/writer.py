@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ class Writer:
         through: CopyEngine | None = None,
     ) -> None:
         self._beside = beside
+        self._through = through
         self._parts = []
         for part in in_parts(plan, homes):
             recipe = make_recipe(part, homes, catalog, rule)
@@ -79,8 +81,11 @@ class Writer:
                 part.scales.set(slot, stored)
             for part in self._parts:
                 part.weights.carry(slot)
-        else:
-            # The scales of a part are worked out while the bytes of the one before cross.
-            for part in self._parts:
+            return
+        if self._through is not None:
+            self._through.begin()
+        # The scales of a part are worked out while the bytes of the one before cross.
+        for part in self._parts:
+            with self._through.ahead() if self._through else nullcontext():
                 part.scales.set(slot, stored)
-                part.weights.carry(slot)
+            part.weights.carry(slot)
