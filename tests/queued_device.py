@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -60,9 +60,12 @@ class QueuedQueue:
     def after(self, mark: QueuedMark) -> None:
         self._work.append(lambda: mark.reached)
 
-    def computing(self) -> AbstractContextManager[None]:
-        """What torch computes on a CPU is done at once, which no order forbids."""
-        return nullcontext()
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What torch computes on a CPU is done at once; ``QueuedDevice.compute`` is queued."""
+        before, self.device.computes_on = self.device.computes_on, self
+        yield
+        self.device.computes_on = before
 
     def copy(self, copy: Copy, slot: int, buffer: int) -> None:
         if copy.bytes == self.device.refused:
@@ -77,6 +80,10 @@ class QueuedQueue:
             return True
 
         self._work.append(cross)
+
+    def when(self, condition: Callable[[], bool]) -> None:
+        """Work that lasts until something holds."""
+        self._work.append(condition)
 
     def work(self, what: Callable[[], None]) -> None:
         self._work.append(lambda: what() is None)
@@ -103,6 +110,11 @@ class QueuedDevice:
         self.now = 0.0
         self.refused = -1
         self.copying, self.computing = QueuedQueue(self), QueuedQueue(self)
+        self.computes_on = self.computing
+
+    def compute(self, what: Callable[[], None]) -> None:
+        """Queue it where the thread's computations go."""
+        self.computes_on.work(what)
 
     def current(self) -> QueuedQueue:
         return self.computing

@@ -125,6 +125,33 @@ def test_copies_wait_for_the_inputs_of_their_step(seed: int) -> None:
     assert torch.equal(live, slot)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_copies_wait_for_what_the_device_was_given_before_a_version(seed: int) -> None:
+    moves, slot, live = rows(4)
+    device = QueuedDevice(seed)
+    engine = CopyEngine(device, BUFFER)
+    crossed_before = list[float]()
+    device.compute(lambda: crossed_before.append(device.now))
+    engine.begin()
+    carry(engine, moves, slot)
+    device.synchronize()
+    assert crossed_before == [0.0]
+    assert torch.equal(live, slot)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_computed_ahead_comes_before_what_follows_and_waits_for_no_treatment(seed: int) -> None:
+    device = QueuedDevice(seed)
+    engine = CopyEngine(device, BUFFER)
+    done = list[str]()
+    device.computing.when(lambda: "ahead" in done)  # a treatment that lasts so long
+    with engine.ahead():
+        device.compute(lambda: done.append("ahead"))
+    device.compute(lambda: done.append("after"))
+    device.synchronize()
+    assert done == ["ahead", "after"]
+
+
 def test_the_pace_is_asked_for_what_the_last_copies_took() -> None:
     moves, slot, _ = rows(8, columns=MIB // 2)
     device = QueuedDevice()

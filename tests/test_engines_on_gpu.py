@@ -133,6 +133,7 @@ def test_an_updated_engine_is_one_that_was_started_from_the_same_weights(
             checked(llm.collective_rpc("stagingd_update"))
             assert llm.collective_rpc("stagingd_addresses") == places
             updated, says = llm.collective_rpc("stagingd_weights"), generated(llm)
+            llm.collective_rpc("stagingd_detach")
         with engine(other, mode, ranks, graphs) as llm:
             assert llm.collective_rpc("stagingd_weights") == updated
             assert generated(llm) == says
