@@ -153,6 +153,33 @@ class DoubleBuffer:
     def _uncommitted(self, slot: Slot) -> tuple[str, ...]:
         return named("trainer rank", (rank for rank in range(self.ranks) if rank not in slot.committed))
 
+    def measure(self, rank: int, version: int, *, again: bool = False) -> None:
+        """A rank has stored the moments of all its boxes.
+
+        Raises:
+            VersionAborted: the version was given up meanwhile.
+            OutOfOrder: the rank has not begun it, or has measured it already.
+        """
+        filling = self._begun_by(rank, version, "measures")
+        if rank in filling.measured and not again:
+            raise OutOfOrder(
+                f"rank {rank} measures version {version} twice",
+                remedy="measure a version once per rank",
+                version=version,
+                rank=rank,
+            )
+        filling.measured.add(rank)
+        self.revision += 1
+        if len(filling.measured) == self.ranks:
+            self._occasion()
+
+    def awaited_measures(self, version: int) -> Waiting:
+        """What keeps the scales of a version from being known: the ranks that have not measured it."""
+        filling = self.filling
+        there = filling.measured if filling is not None and filling.version == version else set(range(self.ranks))
+        missing = named("trainer rank", (rank for rank in range(self.ranks) if rank not in there))
+        return Waiting(f"version {version} to be measured", missing)
+
     def commit(self, rank: int, version: int, *, again: bool = False) -> bool:
         """A rank has put all its boxes. Returns whether all have, so that the version can be sealed.
 
@@ -160,25 +187,9 @@ class DoubleBuffer:
             VersionAborted: the version was given up meanwhile.
             OutOfOrder: the rank has not begun it, or has committed it already.
         """
-        filling = self.filling
         if again and version == self.newest_sealed:
             return False
-        if filling is None or filling.version != version or rank not in filling.begun:
-            unsealed = self.newest_sealed is None or version > self.newest_sealed
-            if self.last_abort is not None and unsealed and version <= self.last_abort[0]:
-                newest, why = self.last_abort
-                raise VersionAborted(
-                    f"version {version} was aborted: {why if version == newest else f'{newest} was begun after it'}",
-                    remedy="begin it again, or a later one, on every rank",
-                    version=version,
-                    rank=rank,
-                )
-            raise OutOfOrder(
-                f"rank {rank} commits version {version} without having begun it",
-                remedy="begin, put every box, then commit",
-                version=version,
-                rank=rank,
-            )
+        filling = self._begun_by(rank, version, "commits")
         if rank in filling.committed and not again:
             raise OutOfOrder(
                 f"rank {rank} commits version {version} twice",
@@ -189,6 +200,27 @@ class DoubleBuffer:
         filling.committed.add(rank)
         self.revision += 1
         return len(filling.committed) == self.ranks
+
+    def _begun_by(self, rank: int, version: int, does: str) -> Slot:
+        """The slot in which a rank has begun a version. Raises VersionAborted, OutOfOrder: it has not."""
+        filling = self.filling
+        if filling is not None and filling.version == version and rank in filling.begun:
+            return filling
+        unsealed = self.newest_sealed is None or version > self.newest_sealed
+        if self.last_abort is not None and unsealed and version <= self.last_abort[0]:
+            newest, why = self.last_abort
+            raise VersionAborted(
+                f"version {version} was aborted: {why if version == newest else f'{newest} was begun after it'}",
+                remedy="begin it again, or a later one, on every rank",
+                version=version,
+                rank=rank,
+            )
+        raise OutOfOrder(
+            f"rank {rank} {does} version {version} without having begun it",
+            remedy="begin, put every box, then commit",
+            version=version,
+            rank=rank,
+        )
 
     def awaited_commits(self, version: int) -> Waiting:
         """What keeps a version from being sealed: the ranks that have not committed it."""

@@ -23,7 +23,16 @@ from stagingd import aliases, boxes, moments
 from stagingd.aliases import Alias
 from stagingd.boxes import Box, Shape
 from stagingd.dtypes import ITEM_BYTES, WITH_MOMENTS
-from stagingd.errors import BoxDoubled, BoxMissing, BoxOutside, UnknownTensor, WrongDtype, WrongShape
+from stagingd.errors import (
+    BoxDoubled,
+    BoxMissing,
+    BoxOutside,
+    CatalogMismatch,
+    UnknownTensor,
+    WrongDtype,
+    WrongShape,
+)
+from stagingd.formats import QUANTIZED_FROM, EngineDevice, Quantization, StageFormat
 from stagingd.moments import Grid
 from stagingd.owners import HeldBox, Part, choose_owners
 from stagingd.record import Name, Rank, Record, StageName
@@ -34,6 +43,8 @@ ALIGNMENT: Final = 256
 
 MAX_DIMS: Final = 16
 """Dims of a tensor: no model comes near, and the cost of some checks grows with their square."""
+
+MATRIX_DIMS: Final = 2
 
 MAX_BOXES: Final = 4096
 """Distinct boxes of one tensor: they are compared with each other."""
@@ -65,12 +76,23 @@ class TensorDeclaration(Record):
 
 
 class StagedTensor(Record):
-    """A tensor of a stage; ``offset`` is its first byte's distance from the slot's."""
+    """A tensor of a stage.
+
+    Attributes:
+        name: its name.
+        dtype: in which it is held.
+        shape: its global shape.
+        offset: its first byte's distance from the slot's.
+        quantized_from: the dtype of the values that trainers quantize; None where it is held as it is.
+        group: those of one number share a scale where a scale is a whole tensor's; None where it is held as it is.
+    """
 
     name: Name
     dtype: str
     shape: Shape
     offset: int
+    quantized_from: str | None = None
+    group: int | None = None
 
     @property
     def bytes(self) -> int:
@@ -79,8 +101,13 @@ class StagedTensor(Record):
 
     @property
     def has_moments(self) -> bool:
-        """Whether moments are kept for it: they are for floating-point weights."""
-        return self.dtype in WITH_MOMENTS
+        """Whether moments are kept for it: they are for floating-point weights, as they were before quantization."""
+        return self.value_dtype in WITH_MOMENTS
+
+    @property
+    def value_dtype(self) -> str:
+        """Of its values before quantization, which moments are of."""
+        return self.quantized_from or self.dtype
 
 
 class OwnedBox(Record):
@@ -98,7 +125,8 @@ class OwnedBox(Record):
 class Catalog(Record):
     """Every tensor of a stage and who writes what; fixed once all ranks have declared.
 
-    Wherever a tensor is asked for by name, its aliases do as well.
+    Wherever a tensor is asked for by name, its aliases do as well. Where trainers quantize, it says in which
+    format, and for engines on which kind of device.
     """
 
     stage: StageName
@@ -110,6 +138,16 @@ class Catalog(Record):
     cells: int
     moments_offset: int
     slot_bytes: int
+    format: Annotated[StageFormat, Field(strict=False)] | None = None
+    device: EngineDevice = "cuda"
+
+    @cached_property
+    def _groups(self) -> Mapping[int, Sequence[StagedTensor]]:
+        grouped: dict[int, list[StagedTensor]] = defaultdict(list)
+        for tensor in self.tensors:
+            if tensor.group is not None:
+                grouped[tensor.group].append(tensor)
+        return dict(grouped)
 
     @cached_property
     def _positions(self) -> Mapping[str, int]:
@@ -157,6 +195,10 @@ class Catalog(Record):
             )
         return self._positions[name]
 
+    def group_of(self, tensor: StagedTensor) -> Sequence[StagedTensor]:
+        """The tensors that share a scale with a quantized one where a scale is a whole tensor's, itself included."""
+        return (tensor,) if tensor.group is None else self._groups[tensor.group]
+
     def owned_of(self, name: str) -> Sequence[OwnedBox]:
         """All boxes of a tensor, with their owners: together they are the tensor. Raises UnknownTensor."""
         return self._owned_by_tensor[self.position(name)]
@@ -182,6 +224,7 @@ def build(
     declarations: Sequence[Sequence[TensorDeclaration]],
     grids: Sequence[Grid],
     aliases_by_rank: Sequence[Sequence[Alias]] = (),
+    quantization: Quantization | None = None,
 ) -> Catalog:
     """Make the catalog from what every rank declared.
 
@@ -190,12 +233,14 @@ def build(
         declarations: per rank, its tensors. The order in which tensors first appear is their order in a slot.
         grids: the grids to keep moments for.
         aliases_by_rank: per rank, further names of tensors.
+        quantization: what trainers quantize, and how; nothing by default.
 
     Raises:
-        WrongDtype, WrongShape: ranks disagree, or a dtype or shape cannot be staged.
+        WrongDtype, WrongShape: ranks disagree, or a dtype or shape cannot be staged, or not be quantized.
         BoxOutside, BoxDoubled, BoxMissing: the boxes do not cover each tensor exactly once. Identical
             boxes of different ranks are replicas, and each of these ranks is made the owner of some rows.
-        CatalogMismatch, UnknownTensor: ranks disagree on an alias, or it is a tensor's name, or stands for none.
+        CatalogMismatch, UnknownTensor: ranks disagree on an alias, or it is a tensor's name, or stands for none; a
+            tensor that is to be quantized is not there, or named twice, or its scales need a grid that is not kept.
     """
     if not any(declarations):
         raise WrongShape(f"no rank declares any tensor of stage {stage!r}", remedy="declare at least one", stage=stage)
@@ -206,9 +251,17 @@ def build(
     for name in order:
         _check_cover(first[name], holders[name], covers)
     parts = choose_owners(_held(first, holders))
+    groups = {} if quantization is None else _groups(quantization, first, grids)
     tensors, at = [], 0
     for name in order:
-        tensors.append(StagedTensor(name=name, dtype=first[name].dtype, shape=first[name].shape, offset=at))
+        dtype, shape, group = first[name].dtype, first[name].shape, groups.get(name)
+        if quantization is None or group is None:
+            tensors.append(StagedTensor(name=name, dtype=dtype, shape=shape, offset=at))
+        else:
+            quantized = quantization.format.dtype
+            tensors.append(
+                StagedTensor(name=name, dtype=quantized, shape=shape, offset=at, quantized_from=dtype, group=group)
+            )
         at = _aligned(at + tensors[-1].bytes)
     owned, cell_count = _place_cells(tensors, parts, grids)
     return Catalog(
@@ -221,7 +274,59 @@ def build(
         cells=cell_count,
         moments_offset=at,
         slot_bytes=at + moments.stored_bytes(cell_count),
+        format=None if quantization is None else quantization.format,
+        device="cuda" if quantization is None else quantization.device,
     )
+
+
+def _groups(
+    quantization: Quantization, tensors: Mapping[str, TensorDeclaration], grids: Sequence[Grid]
+) -> dict[str, int]:
+    """The number of the group of each tensor that is quantized."""
+    grid = quantization.format.grid
+    if grid not in grids:
+        raise CatalogMismatch(
+            f"a stage in {quantization.format} needs moments of grid {grid.value!r}, which it does not keep",
+            remedy="open the stage with this grid on the trainers",
+        )
+    groups: dict[str, int] = {}
+    for number, group in enumerate(quantization.groups):
+        for name in group:
+            if name in groups:
+                raise CatalogMismatch(
+                    f"tensor {name!r} is to be quantized in two groups", remedy="name it once", tensor=name
+                )
+            groups[name] = number
+            _check_quantizable(name, tensors.get(name), quantization.format)
+    return groups
+
+
+def _check_quantizable(name: str, tensor: TensorDeclaration | None, stage_format: StageFormat) -> None:
+    if tensor is None:
+        raise UnknownTensor(
+            f"tensor {name!r} is to be quantized, and no rank declares it",
+            remedy="make the list of what is quantized from the model that is trained",
+            tensor=name,
+        )
+    if tensor.dtype not in QUANTIZED_FROM:
+        raise WrongDtype(
+            f"tensor {name!r} is to be quantized, and is declared with dtype {tensor.dtype!r}",
+            remedy=f"stage it as one of {', '.join(sorted(QUANTIZED_FROM))}",
+            tensor=name,
+        )
+    if len(tensor.shape) < MATRIX_DIMS:
+        raise WrongShape(
+            f"tensor {name!r} is to be quantized, and has shape {tensor.shape}",
+            remedy="quantize matrices, and what is made of them",
+            tensor=name,
+        )
+    if len(tensor.shape) > MATRIX_DIMS and stage_format is StageFormat.FP8_PER_TENSOR:
+        raise WrongShape(
+            f"tensor {name!r} of shape {tensor.shape} is to be quantized per tensor, and engines have a scale for each "
+            "of its matrices",
+            remedy="quantize per channel or per block, or stage each matrix as a tensor of its own",
+            tensor=name,
+        )
 
 
 def _aligned(offset: int) -> int:

@@ -105,7 +105,8 @@ class Declaration:
     def _made(self, everybody: Sequence[Declare], terms: Terms) -> Segment:
         tensors = [message.tensors for message in everybody]
         aliases = [message.aliases for message in everybody]
-        return self._make(catalog.build(self.stage, tensors, self.options.grids, aliases), terms.encode())
+        made = catalog.build(self.stage, tensors, self.options.grids, aliases, self.options.quantization)
+        return self._make(made, terms.encode())
 
     def forget(self, rank: int) -> None:
         """A rank is gone before all have declared."""
@@ -149,6 +150,8 @@ def check_agreement(message: Declare, ranks: int, options: StageOptions) -> None
     ours = {"ranks": ranks, **options.model_dump()}
     theirs = {"ranks": message.ranks, **message.options.model_dump()}
     for what, value in ours.items():
+        if theirs[what] != value and what == "quantization":  # it may name thousands of tensors
+            raise _mismatch(message, "it quantizes otherwise than the stage's other ranks, or other tensors")
         if theirs[what] != value:
             raise _mismatch(message, f"{what} is {theirs[what]}, but the stage's is {value}")
     if message.rank >= ranks:
@@ -162,8 +165,8 @@ def _difference(message: Declare, made: Catalog) -> str:
         was = known.get(tensor.name)
         if was is None:
             return f"it declares tensor {tensor.name!r}, which the stage does not have"
-        if (tensor.dtype, tensor.shape) != (was.dtype, was.shape):
-            return f"tensor {tensor.name!r} is {tensor.dtype} {tensor.shape}, but was {was.dtype} {was.shape}"
+        if (tensor.dtype, tensor.shape) != (was.value_dtype, was.shape):
+            return f"tensor {tensor.name!r} is {tensor.dtype} {tensor.shape}, but was {was.value_dtype} {was.shape}"
     return "it declares other tensors, or other boxes or aliases of them"
 
 

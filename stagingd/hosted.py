@@ -272,6 +272,56 @@ class HostedStage:
         attached = tuple(f"engine {name!r}" for name in self.engines)
         return Waiting(waiting.what, attached or ("an engine, none of which has attached",))
 
+    def measure(self, session: Session, message: wire.Measure) -> Question:
+        """A trainer rank has stored all its moments, and waits for those of the others."""
+        self._check_trainer(session, message.rank)
+        if self._segment().catalog.format is None:
+            raise OutOfOrder(
+                f"rank {message.rank} measures version {message.version} of a stage whose trainers do not quantize",
+                remedy="open the stage with a quantization, or commit at once",
+                stage=self.name,
+                rank=message.rank,
+            )
+        self.buffer.measure(message.rank, message.version, again=message.again)
+
+        def measured() -> set[int]:
+            filling = self.buffer.filling
+            return filling.measured if filling is not None and filling.version == message.version else set()
+
+        def poll() -> wire.Answer | Waiting:
+            self._check_trainer(session, message.rank)  # each time: another connection may have taken the rank
+            if message.rank not in measured():
+                raise self._aborted(message.version)
+            if len(measured()) == self.ranks:
+                return wire.Measured(version=message.version)
+            return self.buffer.awaited_measures(message.version)
+
+        def give_up(reason: str) -> None:
+            if message.rank in measured():
+                self._abort(reason)
+
+        return Question(poll, give_up)
+
+    def _check_measured(self, segment: Segment, message: wire.Commit) -> None:
+        filling = self.buffer.filling
+        if segment.catalog.format is None or filling is None or filling.version != message.version:
+            return
+        if len(filling.measured) < self.ranks:
+            raise OutOfOrder(
+                f"rank {message.rank} commits version {message.version} before all ranks have measured it",
+                remedy="store the moments, measure, quantize, then commit",
+                version=message.version,
+                rank=message.rank,
+            )
+
+    def _aborted(self, version: int) -> VersionAborted:
+        _, why = self.buffer.last_abort or (None, "the daemon lost it")
+        return VersionAborted(
+            f"version {version} was aborted: {why}",
+            remedy="begin it again, or a later one, on every rank",
+            version=version,
+        )
+
     def commit(self, session: Session, message: wire.Commit) -> Question:
         """A trainer rank has put all its boxes; the last one's commit seals the version."""
         self._check_trainer(session, message.rank)
@@ -284,6 +334,7 @@ class HostedStage:
                 version=message.version,
                 rank=message.rank,
             )
+        self._check_measured(segment, message)
         if self.buffer.commit(message.rank, message.version, again=message.again):
             self._seal(segment)
 
@@ -293,12 +344,7 @@ class HostedStage:
             if self.buffer.newest_sealed == message.version:
                 return wire.Sealed(version=message.version)
             if not self._awaits_seal(message):
-                _, why = self.buffer.last_abort or (None, "the daemon lost it")
-                raise VersionAborted(
-                    f"version {message.version} was aborted: {why}",
-                    remedy="begin it again, or a later one, on every rank",
-                    version=message.version,
-                )
+                raise self._aborted(message.version)
             return self.buffer.awaited_commits(message.version)
 
         def give_up(reason: str) -> None:

@@ -122,6 +122,8 @@ class Service:
                 question = self._declare(session, request)
             case wire.Begin():
                 question = self._stage(request.stage).begin(session, request)
+            case wire.Measure():
+                question = self._stage(request.stage).measure(session, request)
             case wire.Commit():
                 question = self._stage(request.stage).commit(session, request)
             case wire.LeaseVersion():

@@ -27,12 +27,13 @@ class Slot:
     version: int | None = None
     kept: int | None = None
     begun: set[int] = field(default_factory=set)
+    measured: set[int] = field(default_factory=set)
     committed: set[int] = field(default_factory=set)
 
     def clear(self) -> None:
         """Give the slot back: nothing in it is worth anything any more."""
         self.state, self.version, self.kept = SlotState.FREE, None, None
-        self.begun, self.committed = set(), set()
+        self.begun, self.measured, self.committed = set(), set(), set()
 
 
 @dataclass

@@ -45,6 +45,7 @@ class SlotRecord(Record):
     version: Version | None
     kept: Version | None = None
     begun: tuple[Rank, ...]
+    measured: tuple[Rank, ...]
     committed: tuple[Rank, ...]
 
 
@@ -140,6 +141,7 @@ def _slot_state(slot: Slot) -> dict[str, object]:
         "version": slot.version,
         "kept": slot.kept,
         "begun": list(slot.begun),
+        "measured": list(slot.measured),
         "committed": list(slot.committed),
     }
 
@@ -163,7 +165,7 @@ def restored_buffer(record: BufferRecord, ranks: int, policy: Policy) -> DoubleB
     buffer = DoubleBuffer(ranks, policy)
     for slot, was in zip(buffer.slots, record.slots, strict=True):
         slot.state, slot.version, slot.kept = was.state, was.version, was.kept
-        slot.begun, slot.committed = set(was.begun), set(was.committed)
+        slot.begun, slot.measured, slot.committed = set(was.begun), set(was.measured), set(was.committed)
     for lease in record.leases:
         slot = buffer.slots[lease.slot]
         buffer.leases[lease.id] = Lease(

@@ -22,7 +22,7 @@ from typing import Final
 from stagingd.errors import SegmentForeign, SegmentUnreadable
 
 MAGIC: Final = b"STAGINGD"
-FORMAT: Final = 3
+FORMAT: Final = 4
 PAGE: Final = mmap.PAGESIZE
 _HEAD: Final = struct.Struct("<8sI")
 _SIZES: Final = struct.Struct("<QQQQII")

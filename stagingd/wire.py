@@ -21,11 +21,12 @@ from stagingd.aliases import Alias
 from stagingd.boxes import Box
 from stagingd.catalog import GridName, TensorDeclaration
 from stagingd.errors import Context, MessageRefused, MessageTooLarge, StagingError, from_code
+from stagingd.formats import Quantization
 from stagingd.moments import ALL_GRIDS
 from stagingd.policy import Policy
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """Raised whenever a message changes: daemon and clients must agree."""
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
@@ -61,6 +62,7 @@ class StageOptions(Record):
     policy: Annotated[Policy, Field(strict=False)] = Policy.LATEST
     grids: Annotated[tuple[GridName, ...], Field(min_length=1, max_length=len(ALL_GRIDS)), FailFast()] = ALL_GRIDS
     on_non_finite: Annotated[OnNonFinite, Field(strict=False)] = OnNonFinite.REJECT
+    quantization: Quantization | None = None
 
 
 class Hello(Record):
@@ -93,6 +95,20 @@ class Begin(Record):
     """A trainer rank begins a version. Answered by Begun once there is a slot to fill."""
 
     kind: Literal["begin"] = "begin"
+    stage: StageName
+    rank: Rank
+    version: Version
+    timeout_s: Seconds
+    again: bool = False
+
+
+class Measure(Record):
+    """A trainer rank has stored the moments of all that it owns. Answered by Measured once all ranks have.
+
+    Where trainers quantize, scales follow from the moments of all of them.
+    """
+
+    kind: Literal["measure"] = "measure"
     stage: StageName
     rank: Rank
     version: Version
@@ -176,7 +192,7 @@ class Bye(Record):
     kind: Literal["bye"] = "bye"
 
 
-Request = Hello | Declare | Begin | Commit | Abort | Attach | LeaseVersion | Release | Status | Drop | Bye
+Request = Hello | Declare | Begin | Measure | Commit | Abort | Attach | LeaseVersion | Release | Status | Drop | Bye
 
 
 class Welcome(Record):
@@ -203,6 +219,13 @@ class Begun(Record):
     kind: Literal["begun"] = "begun"
     slot: int
     waited: bool
+
+
+class Measured(Record):
+    """All moments of the version are in its slot."""
+
+    kind: Literal["measured"] = "measured"
+    version: Version
 
 
 class Sealed(Record):
@@ -294,7 +317,7 @@ class Refusal(Record):
     context: dict[str, Any]
 
 
-Answer = Welcome | Declared | Begun | Sealed | Attached | Leased | Done | StatusReport | Refusal
+Answer = Welcome | Declared | Begun | Measured | Sealed | Attached | Leased | Done | StatusReport | Refusal
 
 
 class Event(Record):

@@ -15,13 +15,14 @@ import torch
 from private_stage import PrivateLease, by_rows, private_stage
 from safetensors.torch import load_file
 from stagingd_vllm.extension import StagingdWorkerExtension, Worker
+from stagingd_vllm.reader import Reader
 from stagingd_vllm.step_hooks import watch
 
 from stagingd.aliases import Alias
 
 
 class CheckpointReader:
-    """Attaches to a stage whose name is a list of checkpoint directories.
+    """Attaches to a stage whose name is a list of checkpoint directories; to another as always.
 
     Where the head equals the embedding it is an alias of it, as trainers with tied weights declare it.
     """
@@ -43,8 +44,8 @@ class CheckpointReader:
         return (Alias(alias=alias, name=name),)
 
     @classmethod
-    def attach(cls, stage: str, **_: object) -> CheckpointReader:
-        return cls(stage)
+    def attach(cls, stage: str, **options: Any) -> CheckpointReader | Reader:
+        return cls(stage) if os.path.isdir(stage.split(os.pathsep, maxsplit=1)[0]) else Reader.attach(stage, **options)
 
     def lease(self, *, version: int | None = None, **_: object) -> PrivateLease:
         version = version or len(self.versions)

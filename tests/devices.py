@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from stagingd_client.copies import Copy
 from stagingd_client.moments import shard_moments
-from stagingd_client.strips import Job, Work
+from stagingd_client.quantize import quantized
+from stagingd_client.strips import Job, QuantizingWork, Work
 
 from stagingd.boxes import Box
-from stagingd.moments import BLOCK, Grid
+from stagingd.moments import BLOCK, Grid, cells_of
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ class LazyDevice:
     def cast(self, work: Work) -> None:
         cast_in_torch(work)
 
+    def quantize(self, work: QuantizingWork) -> None:
+        quantize_in_torch(work)
+
 
 def cast_in_torch(work: Work) -> None:
     """The reference of the kernel: reads the same tables, computes by ``stagingd_client.moments``."""
@@ -158,6 +162,27 @@ def cast_in_torch(work: Work) -> None:
             for values, row in zip((moments.mean, moments.m2, moments.amax), table, strict=False):
                 row[here] = values.float()
             table[3].view(torch.int32)[here] = moments.nonfinite.int()
+
+
+def quantize_in_torch(work: QuantizingWork) -> None:
+    """The reference of the kernel that quantizes: reads the same tables, computes by ``stagingd_client.quantize``."""
+    for strip in range(work.first_strip, work.first_strip + work.count):
+        number, block_row = work.strips[strip].tolist()
+        job = {column: int(work.jobs[number, column]) for column in Job}
+        first = max(0, block_row * BLOCK - job[Job.ROWS_LEFT])
+        end = min(job[Job.ROWS], (block_row + 1) * BLOCK - job[Job.ROWS_LEFT])
+        values = _rows(job, first, end, work.kind.source).to(work.kind.staged)
+        box = Box((job[Job.ROWS_LEFT] + first, job[Job.COLUMNS_LEFT]), tuple(values.shape))
+        grid, cell = work.stage_format.grid, job[Job.ROW_CELL]
+        cells = cells_of(grid, box.ends, box)
+        if grid is Grid.ROW:
+            cell += first
+        elif grid is Grid.BLOCK:
+            cell += block_row * cells.lengths[1]
+        scales = work.scales[cell : cell + cells.volume].view(cells.lengths)
+        made = quantized(values, scales, work.stage_format, box, box.ends).view(torch.uint8)
+        target = job[Job.TARGET] + first * job[Job.COLUMNS]
+        work.scratch[target : target + made.numel()] = made.reshape(-1)
 
 
 def _rows(job: dict[Job, int], first: int, end: int, dtype: torch.dtype) -> torch.Tensor:

@@ -36,6 +36,7 @@ from stagingd_vllm import offline
 from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.offline import Worker, derive_offline, worker_config
 from stagingd_vllm.plan import ReadPlan, StagedTensor
+from stagingd_vllm.quantized_layers import derive_quantization, quantized_parameters
 from stagingd_vllm.receiver import Receiver
 from stagingd_vllm.skeleton import derive_plan, loading
 from tiny_models import MODELS, TinyModel
@@ -283,9 +284,12 @@ class ToldModel:
 
 
 def examine(
-    folder: Path, model: TinyModel | ToldModel, mode: str | None, ranks: int, expert: bool, cut: str
+    folder: Path, model: TinyModel | ToldModel, mode: str | None, ranks: int, expert: bool, cut: str, quantized: bool
 ) -> list[dict[str, Any]]:
-    """Per rank, what differs; ``mode`` is the name of an online quantization, or of a kind of checkpoint."""
+    """Per rank, what differs; ``mode`` is the name of an online quantization, or of a kind of checkpoint.
+
+    The stage holds what is ``quantized`` in the engine's format already, as far as it fits.
+    """
     staged = model.staged()
     tensors = random_tensors(staged, 1)
     checkpoint = CHECKPOINTS.get(mode or "")
@@ -303,7 +307,8 @@ def examine(
         agreement.settle()
     boxes: dict[str, list[Box]] = {name: CUTS[cut](tensor.shape) for name, tensor in staged.items()}
     outcomes = []
-    with private_stage(tensors, boxes) as stage:
+    told = derive_quantization(folder, workers[0], mode or "", staged, "cpu") if quantized else None
+    with private_stage(tensors, boxes, quantization=told) as stage:
         stage.write(1, tensors)
         for worker in workers:
             agreement.begin(worker.rank)
@@ -312,6 +317,13 @@ def examine(
                 # That of a live worker also holds every live parameter against the model as its loader sees it.
                 derive = derive_offline if checkpoint is None else functools.partial(derive_plan, live)
                 outcomes.append(compare(live, derive(config, staged, {}), config, stage, 1))
+                if told is not None:
+                    schemes = {name: home.scheme.name for name, home in homes(live).items() if home.scheme is not None}
+                    outcomes[-1]["quantized otherwise"] = sorted(
+                        {(name, scheme.name) for name, scheme in quantized_parameters(config).items()}
+                        ^ set(schemes.items())
+                    )
+                    outcomes[-1]["copied"] = sorted(name for group in told.groups for name in group)
                 if isinstance(model, ToldModel):
                     same = derive_plan(live, config, staged, {}) == derive_offline(config, staged, {})
                     outcomes[-1]["as a live worker plans"] = same
@@ -325,7 +337,9 @@ def serve(folder: Path) -> None:
         path = folder / case["model"] / (case["mode"] if checkpoint else "plain")
         if not path.exists():
             (checkpoint or type(model)).save_config(model, path)
-        return examine(path, model, case["mode"], case["ranks"], case["expert"], case["cut"])
+        return examine(
+            path, model, case["mode"], case["ranks"], case["expert"], case["cut"], case.get("quantized", False)
+        )
 
     witness.serve(answer)
 

@@ -18,6 +18,7 @@ from stagingd import segment
 from stagingd.aliases import Alias
 from stagingd.boxes import Box, whole
 from stagingd.catalog import Catalog, TensorDeclaration, build
+from stagingd.formats import Quantization
 from stagingd.moments import ALL_GRIDS, Grid, StoredMoments
 
 Cut = Mapping[str, Sequence[Box]]
@@ -55,9 +56,13 @@ class PrivateStage:
 
     def write(self, version: int, tensors: Mapping[str, torch.Tensor]) -> PrivateLease:
         """Flush whole tensors, each box by itself as its owner does."""
-        flusher = Flusher(self.made, {})
-        for owned in self.catalog.owned:
-            flusher.write(version % 2, owned, tensors[self.catalog.tensors[owned.tensor].name][owned.box.slices])
+        flusher, slot = Flusher(self.made, {}), version % 2
+        boxes = [
+            (owned, tensors[self.catalog.tensors[owned.tensor].name][owned.box.slices]) for owned in self.catalog.owned
+        ]
+        for owned, values in boxes:
+            flusher.write(slot, owned, values)
+        flusher.quantize_boxes(slot, boxes)
         return self.lease(version)
 
     def lease(self, version: int) -> PrivateLease:
@@ -88,8 +93,9 @@ def private_stage(
     cut: Cut | None = None,
     grids: Sequence[Grid] = ALL_GRIDS,
     aliases: Sequence[Alias] = (),
+    quantization: Quantization | None = None,
 ) -> Iterator[PrivateStage]:
-    """A stage for these tensors, held by the ranks of a cut, or whole by one rank."""
+    """A stage for these tensors, held by the ranks of a cut, or whole by one rank; perhaps quantized by them."""
     boxes = cut or {name: [whole(tensor.shape)] for name, tensor in tensors.items()}
     ranks = max(len(some) for some in boxes.values())
     declarations = [
@@ -104,7 +110,7 @@ def private_stage(
         ]
         for rank in range(ranks)
     ]
-    catalog = build("policy", declarations, grids, [tuple(aliases)] * ranks)
+    catalog = build("policy", declarations, grids, [tuple(aliases)] * ranks, quantization)
     made = segment.create(f"/stagingd-test-{uuid.uuid4().hex[:12]}", catalog, lock=False)
     try:
         yield PrivateStage(made)

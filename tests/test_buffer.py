@@ -58,6 +58,42 @@ def test_a_version_is_readable_once_all_ranks_have_committed() -> None:
     assert lease(double).version == 1
 
 
+def test_the_scales_of_a_version_are_known_once_all_ranks_have_measured_it() -> None:
+    double = buffer()
+    for rank in range(RANKS):
+        double.begin(rank, 1)
+    double.measure(0, 1)
+    assert double.awaited_measures(1) == Waiting("version 1 to be measured", ("trainer rank 1",))
+    seen = double.occasions
+    double.measure(1, 1)
+    assert double.occasions > seen, "who waits is asked again"
+    assert double.awaited_measures(1).peers == ()
+
+
+def test_a_rank_measures_what_it_has_begun_once() -> None:
+    double = buffer()
+    with pytest.raises(OutOfOrder, match="rank 0 measures version 1 without having begun it"):
+        double.measure(0, 1)
+    double.begin(0, 1)
+    double.measure(0, 1)
+    double.measure(0, 1, again=True)
+    with pytest.raises(OutOfOrder, match="rank 0 measures version 1 twice"):
+        double.measure(0, 1)
+
+
+def test_a_version_that_is_aborted_is_measured_no_more() -> None:
+    double = buffer()
+    for rank in range(RANKS):
+        double.begin(rank, 1)
+    double.measure(0, 1)
+    double.abort("rank 1 died")
+    with pytest.raises(VersionAborted, match="rank 1 died"):
+        double.measure(1, 1)
+    for rank in range(RANKS):
+        double.begin(rank, 2)
+    assert double.awaited_measures(2).peers == ("trainer rank 0", "trainer rank 1")
+
+
 def test_the_trainer_fills_the_next_version_while_one_is_read() -> None:
     double = buffer()
     publish(double, 1)

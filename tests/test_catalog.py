@@ -19,7 +19,8 @@ from stagingd.errors import (
     WrongDtype,
     WrongShape,
 )
-from stagingd.moments import ALL_GRIDS
+from stagingd.formats import Quantization, StageFormat
+from stagingd.moments import ALL_GRIDS, Grid
 
 SHAPE = (10, 6)
 
@@ -182,3 +183,59 @@ def _part(shape: tuple[int, ...], rank: int, ranks: int) -> tuple[Box, ...]:
     chunk = -(-shape[0] // ranks)
     start, stop = min(rank * chunk, shape[0]), min((rank + 1) * chunk, shape[0])
     return (Box((start, *(0,) * (len(shape) - 1)), (stop - start, *shape[1:])),) if stop > start else ()
+
+
+def quantizing(form: StageFormat, *groups: tuple[str, ...]) -> Quantization:
+    return Quantization(format=form, groups=groups)
+
+
+def test_a_quantized_tensor_is_held_in_the_formats_dtype_and_has_the_moments_of_its_values() -> None:
+    tensors = [declared(whole(SHAPE), name=name) for name in ("q", "k", "embed")]
+    form = StageFormat.FP8_PER_TENSOR
+    made = build("policy", [tensors], ALL_GRIDS, quantization=quantizing(form, ("k", "q")))
+    plain = build("policy", [tensors], ALL_GRIDS)
+    held = {tensor.name: (tensor.dtype, tensor.value_dtype, tensor.has_moments) for tensor in made.tensors}
+    quantized = ("float8_e4m3fn", "bfloat16", True)
+    assert held == {"q": quantized, "k": quantized, "embed": ("bfloat16", "bfloat16", True)}
+    assert [tensor.name for tensor in made.group_of(made.tensor("q"))] == ["q", "k"]
+    assert made.cells == plain.cells
+    assert made.tensor_bytes == plain.tensor_bytes - 2 * SHAPE[0] * SHAPE[1]
+    assert (made.format, plain.format) == (form, None)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "quantization", "kind", "what"),
+    [
+        (declared(whole(SHAPE)), quantizing(StageFormat.FP8_PER_BLOCK, ("v",)), UnknownTensor, "no rank declares it"),
+        (declared(whole(SHAPE)), quantizing(StageFormat.FP8_PER_BLOCK, ("w",), ("w",)), CatalogMismatch, "two groups"),
+        (
+            declared(whole(SHAPE), dtype="float32"),
+            quantizing(StageFormat.FP8_PER_BLOCK, ("w",)),
+            WrongDtype,
+            "declared with dtype 'float32'",
+        ),
+        (
+            declared(whole((6,)), shape=(6,)),
+            quantizing(StageFormat.FP8_PER_CHANNEL, ("w",)),
+            WrongShape,
+            r"has shape \(6,\)",
+        ),
+        (
+            declared(whole((2, 6, 6)), shape=(2, 6, 6)),
+            quantizing(StageFormat.FP8_PER_TENSOR, ("w",)),
+            WrongShape,
+            "a scale for each of its matrices",
+        ),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(
+    tensor: TensorDeclaration, quantization: Quantization, kind: type[StagingError], what: str
+) -> None:
+    with pytest.raises(kind, match=what):
+        build("policy", [[tensor]], ALL_GRIDS, quantization=quantization)
+
+
+def test_the_grid_of_the_scales_has_to_be_kept() -> None:
+    quantization = quantizing(StageFormat.FP8_PER_BLOCK, ("w",))
+    with pytest.raises(CatalogMismatch, match="needs moments of grid 'block'"):
+        build("policy", [[declared(whole(SHAPE))]], (Grid.TENSOR, Grid.ROW), quantization=quantization)

@@ -27,6 +27,7 @@ from stagingd_client.placement import Held
 from stagingd import segment
 from stagingd.catalog import Catalog, OwnedBox, build
 from stagingd.errors import DeadlineExceeded
+from stagingd.formats import Quantization, StageFormat
 from stagingd.moments import ALL_GRIDS, Grid
 
 DEADLINE_S = 60.0
@@ -95,9 +96,10 @@ def staging(
     grids: Sequence[Grid] = ALL_GRIDS,
     names: SameNames | None = None,
     keep: frozenset[str] = frozenset(),
+    quantization: Quantization | None = None,
 ) -> Iterator[Staging]:
     holdings = Holdings(0, names or SameNames(), shards)
-    catalog = build("policy", [holdings.declarations(torch.bfloat16, keep)], grids)
+    catalog = build("policy", [holdings.declarations(torch.bfloat16, keep)], grids, quantization=quantization)
     made = segment.create(f"/stagingd-test-{uuid.uuid4().hex[:12]}", catalog, lock=False)
     for slot in (0, 1):
         torch.frombuffer(made.slot(slot), dtype=torch.uint8).fill_(0x5A)  # what a version before has left
@@ -168,6 +170,63 @@ def test_a_device_flush_writes_what_the_hosts_flush_writes(
         device = LazyDevice(random.Random(seed))
         flusher = rank.flusher(device, scratch)
         flusher.flush(1, rank.puts(), [device.current().mark()])
+        finish(flusher)
+        rank.assert_slots_equal()
+
+
+def quantization_of(shards: Mapping[str, torch.Tensor], form: StageFormat, together: bool) -> Quantization | None:
+    """All matrices are quantized, all in one group or each in its own; where a scale is a tensor's, no stacks."""
+    dims = (2,) if form is StageFormat.FP8_PER_TENSOR else (2, 3)
+    names = tuple(name for name, shard in shards.items() if shard.dim() in dims)
+    groups = (names,) if together else tuple((name,) for name in names)
+    return Quantization(format=form, device="cpu", groups=groups) if names else None
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    shards=any_shards(),
+    form=st.sampled_from(list(StageFormat)),
+    together=st.booleans(),
+    scratch=st.sampled_from([80 * 2**10, 2**20]),
+    seed=st.integers(0, 99),
+)
+def test_a_device_quantizes_as_the_host_does(
+    shards: dict[str, torch.Tensor], form: StageFormat, together: bool, scratch: int, seed: int
+) -> None:
+    quantization = quantization_of(shards, form, together)
+    with staging(shards, names=RotaryNames(), quantization=quantization) as rank:
+        host, device = Flusher(rank.made, rank.owned), LazyDevice(random.Random(seed))
+        host.flush(0, rank.puts())
+        host.quantize(0, rank.puts())
+        flusher = rank.flusher(device, scratch)
+        flusher.prepare(rank.puts())
+        for _ in range(2):
+            flusher.flush(1, rank.puts(), [device.current().mark()])
+            finish(flusher)
+            rank.made.moments(1).amax[:] = rank.made.moments(0).amax  # as all ranks have stored them
+            if quantization is not None:
+                flusher.quantize(1, rank.puts())
+                finish(flusher)
+            rank.assert_slots_equal()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("order", [{"hurry": "trainer"}, {"linger": "trainer"}])
+def test_what_is_quantized_has_the_values_from_before_the_fence(seed: int, order: dict[str, str]) -> None:
+    quantization = quantization_of(weights(), StageFormat.FP8_PER_CHANNEL, together=False)
+    shards = weights()
+    with staging(shards, quantization=quantization) as rank:
+        host = Flusher(rank.made, rank.owned)
+        host.flush(0, rank.puts())
+        host.quantize(0, rank.puts())
+        device = LazyDevice(random.Random(seed), **order)
+        flusher = rank.flusher(device)
+        flusher.flush(1, rank.puts(), [device.current().mark()])
+        finish(flusher)
+        read = flusher.quantize(1, rank.puts())
+        device.trainer.after(read)
+        device.trainer.run(lambda: [shard.zero_() for shard in shards.values()])
+        device.finish()
         finish(flusher)
         rank.assert_slots_equal()
 

@@ -19,6 +19,8 @@ from stagingd_vllm.plan import StagedTensor
 from stagingd_vllm.plan_command import CheckpointUnreadable, staged_as, tensors_of
 from tiny_models import HEAD, HEADS, HIDDEN, MODELS
 
+from stagingd.formats import Quantization
+
 pytest.importorskip("vllm")
 
 MODEL = MODELS["qwen3"]
@@ -91,6 +93,26 @@ def test_what_no_engine_does_is_one_line(checkpoint: Path, sizes: tuple[object, 
     assert finished.returncode != 0
     assert reason in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_what_trainers_can_quantize_for_all_ranks_is_written_to_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "quantization.json"
+    options = ("--tensor-parallel", 2, "--quantization", "fp8_per_block", "--engine-device", "cpu")
+    finished = run(checkpoint, *options, "--quantization-file", file)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    told = Quantization.model_validate_json(file.read_bytes())
+    assert (told.format, told.device) == ("fp8_per_block", "cpu")
+    # Of two ranks: 64 rows of k, and 160 of gate, up and down, lie across blocks.
+    assert sorted(told.groups) == [(f"model.layers.{layer}.self_attn.o_proj.weight",) for layer in range(2)]
+
+
+def test_an_engine_that_does_not_quantize_is_one_line_and_no_file(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "quantization.json"
+    finished = run(checkpoint, "--quantization-file", file)
+    assert finished.returncode != 0
+    assert "--quantization-file needs --quantization" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not file.exists()
 
 
 def test_an_index_tells_which_files_are_the_checkpoint(checkpoint: Path) -> None:

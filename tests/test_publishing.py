@@ -28,6 +28,7 @@ from torch.optim import SGD, Adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from stagingd.errors import DaemonUnreachable, NonFiniteValues
+from stagingd.formats import Quantization, StageFormat
 from stagingd.policy import Policy
 
 
@@ -196,6 +197,18 @@ def test_a_run_that_ends_before_its_last_step_finishes_its_version_or_says_why_n
     assert bool(said) == bool(run.stderr)
     assert daemon.stage(stage_name).sealed_versions == versions
     assert daemon.stage(stage_name).trainers == ()
+
+
+def test_a_trainer_whose_settings_name_what_is_quantized_publishes_that_quantized(
+    daemon: RunningDaemon, stage_name: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "quantization.json"
+    quantization = Quantization(format=StageFormat.FP8_PER_CHANNEL, device="cpu", groups=(("weight",),))
+    file.write_text(quantization.model_dump_json())
+    with training(daemon, stage_name, last_step=1, quantization=file) as trainer:
+        trainer.step(1)
+        with reading(daemon, stage_name) as reader, reader.lease() as lease:
+            assert lease.read("weight").float().item() == 448.0, "one, by the scale of its row"
 
 
 def test_settings_come_from_the_trainer_and_else_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

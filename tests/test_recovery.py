@@ -12,7 +12,9 @@ import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from stagingd.errors import (
     UnknownStage,
     VersionAborted,
 )
+from stagingd.formats import Quantization, StageFormat
 from stagingd.superblock import Superblock
 
 SHAPE = (8, 4)
@@ -55,7 +58,7 @@ def staged(version: int, name: str = "a") -> torch.Tensor:
     return weights(version)[name].bfloat16()
 
 
-def open_stage(daemon: RunningDaemon, name: str = "policy", rank: int = 0, ranks: int = 1, **options: str) -> Stage:
+def open_stage(daemon: RunningDaemon, name: str = "policy", rank: int = 0, ranks: int = 1, **options: Any) -> Stage:
     return Stage.open(name, rank=rank, ranks=ranks, socket=daemon.socket, timeout_s=60.0, **options)
 
 
@@ -81,18 +84,18 @@ def half(rank: int, version: int) -> LocalShard:
     return LocalShard(weights(version)["a"][4 * rank : 4 * rank + 4], SHAPE, (4 * rank, 0))
 
 
-def two_ranks(daemon: RunningDaemon) -> tuple[Stage, Stage]:
+def two_ranks(daemon: RunningDaemon, quantization: Quantization | None = None) -> tuple[Stage, Stage]:
     """Two ranks that hold half a tensor each, and have declared it."""
-    first, second = (open_stage(daemon, rank=rank, ranks=2) for rank in (0, 1))
+    first, second = (open_stage(daemon, rank=rank, ranks=2, quantization=quantization) for rank in (0, 1))
     declared = first._background.submit(first.declare, {"a": half(0, 0)})
     second.declare({"a": half(1, 0)})
     declared.result(30)
     return first, second
 
 
-def other_rank(daemon: RunningDaemon, puppet: Puppet) -> None:
+def other_rank(daemon: RunningDaemon, puppet: Puppet, options: str = "") -> None:
     """The second of two ranks, in a process of its own; it is told to declare."""
-    puppet.do(f"stage = Stage.open('policy', rank=1, ranks=2, socket={str(daemon.socket)!r}, timeout_s=60.0)")
+    puppet.do(f"stage = Stage.open('policy', rank=1, ranks=2, socket={str(daemon.socket)!r}, timeout_s=60.0{options})")
     puppet.do("shard = LocalShard(torch.ones(4, 4), (8, 4), (4, 0))")
     puppet.tell("stage.declare({'a': shard}) and None")
 
@@ -181,6 +184,41 @@ def test_a_declaration_that_was_waiting_is_answered_after_the_restart(daemon: Ru
         waits(daemon, "all 2 ranks")
         second.declare({"a": half(1, 0)})
         assert declared.result(30).tensors == second.catalog.tensors
+
+
+HALVES = Quantization(format=StageFormat.FP8_PER_TENSOR, device="cpu", groups=(("a",),))
+
+
+def test_ranks_that_wait_for_each_others_moments_go_on_after_a_restart(daemon: RunningDaemon) -> None:
+    with ExitStack() as stages:
+        first, second = (stages.enter_context(stage) for stage in two_ranks(daemon, HALVES))
+        for stage in (first, second):
+            stage.begin(1)
+            stage.put("a", half(stage.rank, 1))
+        publication = first.commit()
+        waits(daemon, "version 1 to be measured")
+        daemon.restart()
+        waits(daemon, "version 1 to be measured")
+        second.commit().wait()
+        publication.wait()
+        assert states(daemon)[0] == ("sealed", 1)
+
+
+def test_a_rank_that_dies_before_its_moments_are_stored_is_named_to_those_that_wait(daemon: RunningDaemon) -> None:
+    quantization = f"Quantization(format='fp8_per_tensor', device='cpu', groups={HALVES.groups})"
+    with Puppet(CLIENTS) as puppet, open_stage(daemon, ranks=2, quantization=HALVES) as stage:
+        puppet.do("from stagingd.formats import Quantization")
+        other_rank(daemon, puppet, f", quantization={quantization}")
+        stage.declare({"a": half(0, 0)})
+        assert puppet.answer() is None
+        stage.begin(1)
+        stage.put("a", half(0, 1))
+        puppet.do("stage.begin(1)")
+        publication = stage.commit()
+        waits(daemon, "version 1 to be measured")
+        puppet.kill()
+        with pytest.raises(VersionAborted, match="rank 1"):
+            publication.wait()
 
 
 def test_a_reader_with_a_lease_reads_on_and_releases_it(daemon: RunningDaemon) -> None:

@@ -6,18 +6,29 @@ byte and scale."""
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import DEADLINE_S, eventually
+import torch
+from daemons import DEADLINE_S, RunningDaemon, eventually
+from private_stage import by_rows
+from safetensors.torch import load_file
+from stagingd_client import LocalShard, Stage
 from stagingd_vllm.answers import checked
 from stagingd_vllm.outcomes import RefusedByAll
 from stagingd_vllm.quantization_error import QuantizationError
+from test_stage import in_parallel
 from tiny_engines import local_engine, save_checkpoints
 
 pytestmark = pytest.mark.vllm
+
+PLANNED_S = 120.0
+"""The longest that the plan command may take, in seconds: it imports vLLM."""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +102,73 @@ def test_what_is_prefetched_goes_live_on_both_ranks_or_on_none(engine: Any, chec
     assert [answer["version"] for answer in swapped] == engine.collective_rpc("stagingd_version") == [2, 2]
     assert engine.collective_rpc("stagingd_weights") == second
     engine.collective_rpc("stagingd_detach")
+
+
+@contextmanager
+def trainers(daemon: RunningDaemon, quantization: Path, tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
+    """Two ranks with some rows of each tensor; what is yielded has them publish a version."""
+    cut = {name: by_rows(tuple(tensor.shape), 2) for name, tensor in tensors.items()}
+
+    def held(rank: int, values: dict[str, torch.Tensor]) -> dict[str, LocalShard]:
+        return {
+            name: LocalShard(values[name][boxes[rank].slices], tuple(values[name].shape), boxes[rank].offsets)
+            for name, boxes in cut.items()
+        }
+
+    with ExitStack() as opened:
+        stages = [
+            opened.enter_context(
+                Stage.open("quantized", rank=rank, ranks=2, socket=daemon.socket, quantization=quantization)
+            )
+            for rank in range(2)
+        ]
+        raised = in_parallel(*(lambda stage=stage: stage.declare(held(stage.rank, tensors)) for stage in stages))
+        assert raised == [None, None]
+
+        def publish(version: int, values: dict[str, torch.Tensor]) -> None:
+            for stage in stages:
+                stage.begin(version)
+                for name, shard in held(stage.rank, values).items():
+                    stage.put(name, shard)
+            for publication in [stage.commit() for stage in stages]:
+                publication.wait()
+
+        yield publish
+
+
+def test_what_trainers_have_quantized_is_what_the_engine_would_have_made(
+    engine: Any, checkpoints: list[Path], own_daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    file = tmp_path / "quantization.json"
+    options = (
+        "--tensor-parallel=2",
+        "--quantization=fp8_per_tensor",
+        "--engine-device=cpu",
+        f"--quantization-file={file}",
+    )
+    subprocess.run(
+        [sys.executable, "-m", "stagingd_vllm.plan_command", str(checkpoints[0]), *options],
+        check=True,
+        timeout=DEADLINE_S,
+    )
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[1])})
+    second = engine.collective_rpc("stagingd_weights")
+    engine.collective_rpc("reload_weights", kwargs={"weights_path": str(checkpoints[0])})
+    first = engine.collective_rpc("stagingd_weights")
+    versions = [load_file(path / "model.safetensors") for path in checkpoints]
+    with trainers(own_daemon, file, versions[0]) as publish:
+        kwargs = {"stage": "quantized", "socket": str(own_daemon.socket), "prefetch_gib": 1.0}
+        summaries = checked(engine.collective_rpc("stagingd_attach", kwargs=kwargs))
+        publish(1, versions[1])
+        checked(engine.collective_rpc("stagingd_update"))
+        assert engine.collective_rpc("stagingd_weights") == second
+        publish(2, versions[0])
+        checked(engine.collective_rpc("stagingd_prefetch", kwargs={"version": 2}))
+        checked(engine.collective_rpc("stagingd_swap", kwargs={"version": 2, "timeout_s": DEADLINE_S}))
+        assert engine.collective_rpc("stagingd_weights") == first
+        bf16 = sum(tensor.nbytes for tensor in versions[0].values())
+        assert summaries[0]["bytes_of_stage"] < 0.75 * bf16, "embeddings and head are held as they are"
+        engine.collective_rpc("stagingd_detach")
 
 
 def test_both_ranks_tell_what_clipping_does_to_the_error(engine: Any, checkpoints: list[Path]) -> None:

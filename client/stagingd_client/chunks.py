@@ -16,6 +16,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import torch
+
 from stagingd.boxes import Box, Shape, intersect, relative
 from stagingd.catalog import ALIGNMENT, Catalog, OwnedBox
 from stagingd.dtypes import ITEM_BYTES
@@ -39,6 +41,10 @@ class Piece:
     source: int
     layout: Layout
 
+    def values(self, shard: torch.Tensor) -> torch.Tensor:
+        """Its elements, of the owned box's shape, as a view of the shard."""
+        return self.layout.view(shard)[relative(self.owned.box, self.layout.box).slices]
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -59,6 +65,7 @@ class Matrix:
         rows_left, columns_left: how much of the first block lies before it.
         tensor_cell: the cell of its whole box, counted over the slot; None where that grid is not kept.
         row_cell, block_cell: its first cells of the other grids, likewise.
+        copied: whether its values go to the slot, and not its moments alone.
     """
 
     piece: int
@@ -78,6 +85,7 @@ class Matrix:
     tensor_cell: int | None
     row_cell: int | None
     block_cell: int | None
+    copied: bool
 
     @property
     def strips(self) -> int:
@@ -121,7 +129,7 @@ def matrices(number: int, piece: Piece, catalog: Catalog) -> list[Matrix] | None
         return None
     before, order, column_stride = found
     tensor = catalog.tensors[piece.owned.tensor]
-    item = ITEM_BYTES[tensor.dtype]
+    held = ITEM_BYTES[tensor.dtype]
     box = _at_least_two_dims(piece.owned.box)
     shape = _padded(tensor.shape)
     inside = relative(box, _at_least_two_dims(piece.layout.box))
@@ -144,15 +152,16 @@ def matrices(number: int, piece: Piece, catalog: Catalog) -> list[Matrix] | None
                 columns=columns,
                 order=order,
                 column_stride=column_stride,
-                item=item,
-                target=tensor.offset + _position((*slot, *box.offsets[-2:]), shape) * item,
-                pitch=shape[-1] * item,
+                item=ITEM_BYTES[tensor.value_dtype],
+                target=tensor.offset + _position((*slot, *box.offsets[-2:]), shape) * held,
+                pitch=shape[-1] * held,
                 tensor_end=tensor.offset + tensor.bytes,
                 rows_left=box.offsets[-2] % BLOCK,
                 columns_left=box.offsets[-1] % BLOCK,
                 tensor_cell=cells.get(Grid.TENSOR),
                 row_cell=_plus(cells.get(Grid.ROW), index * rows),
                 block_cell=_plus(cells.get(Grid.BLOCK), index * strips * blocks),
+                copied=tensor.quantized_from is None,
             )
         )
     return made
@@ -288,12 +297,59 @@ def _grouped(group: Sequence[_Cut], catalog: Catalog) -> Iterator[Chunk]:
         yield Chunk(
             matrices=tuple(taken),
             places=tuple(places),
-            copies=tuple(coalesced([_copy(matrix, place) for matrix, place in zip(taken, places, strict=True)])),
+            copies=_copies(taken, places),
             begins_group=number == 0,
             cells=starts[-1],
             first_cells=tuple((local.of(matrix.row_cell), local.of(matrix.block_cell)) for matrix in taken),
             cell_copies=copies if number == len(group) - 1 else (),
         )
+
+
+def quantized(matrix: Matrix, catalog: Catalog, first_cell: int, first_scale: int) -> Matrix:
+    """The matrix as it is quantized and copied: its cells are then its scales, counted over all of them.
+
+    Args:
+        matrix: as ``matrices`` makes it.
+        catalog: the stage's, which has a format.
+        first_cell: of its piece's cells of the format's grid, counted over the slot.
+        first_scale: where the piece's scales begin.
+    """
+    assert catalog.format is not None  # else nothing is quantized
+    cells = {Grid.TENSOR: matrix.tensor_cell, Grid.ROW: matrix.row_cell, Grid.BLOCK: matrix.block_cell}
+    grid = catalog.format.grid
+    cell = cells[grid]
+    assert cell is not None  # the catalog keeps the format's grid
+    scale = cell - first_cell + first_scale
+    return replace(
+        matrix,
+        item=ITEM_BYTES[catalog.format.dtype],
+        copied=True,
+        tensor_cell=scale if grid is Grid.TENSOR else None,
+        row_cell=scale if grid is Grid.ROW else None,
+        block_cell=scale if grid is Grid.BLOCK else None,
+    )
+
+
+def quantized_chunks(made: Iterable[Matrix], limit: int) -> Iterator[Chunk]:
+    """Cut matrices that ``quantized`` made into chunks; ``first_cells`` are then their first scales, twice.
+
+    Args:
+        made: the matrices, in the order of their places in the slot.
+        limit: bytes of scratch memory.
+    """
+    for taken, places in _cut(made, limit):
+        scales = (next(cell for cell in _scale_cells(matrix) if cell is not None) for matrix in taken)
+        cells = tuple((scale, scale) for scale in scales)
+        yield Chunk(tuple(taken), tuple(places), _copies(taken, places), False, 0, cells, ())
+
+
+def _scale_cells(matrix: Matrix) -> tuple[int | None, ...]:
+    return matrix.tensor_cell, matrix.row_cell, matrix.block_cell
+
+
+def _copies(taken: Sequence[Matrix], places: Sequence[int]) -> tuple[Copy, ...]:
+    both = zip(taken, places, strict=True)
+    return tuple(coalesced([_copy(matrix, place) for matrix, place in both if matrix.copied]))
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from cuda.bindings import runtime
 from stagingd import pinning
 from stagingd.errors import StagingError
 from stagingd.segment import Segment
-from stagingd_client import gpu_moments
+from stagingd_client import gpu_moments, gpu_quantize
 from stagingd_client.copies import Copy, split
 from stagingd_client.queues import Mark, SlowerPath
-from stagingd_client.strips import Work
+from stagingd_client.strips import QuantizingWork, Work
 
 _TO_HOST: Final = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
 
@@ -144,6 +144,10 @@ class CudaDevice:
     def cast(self, work: Work) -> None:
         """By the Triton kernel."""
         gpu_moments.cast_strips(work)
+
+    def quantize(self, work: QuantizingWork) -> None:
+        """By the Triton kernel."""
+        gpu_quantize.quantize_strips(work)
 
 
 def open_device(device: torch.device, segment: Segment) -> tuple[CudaDevice, Callable[[], None]]:

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from stagingd.boxes import Box, relative
+from stagingd.boxes import Box
 from stagingd.catalog import OwnedBox
+from stagingd.format_scales import Floats, RankLimits, scales
+from stagingd.moments import cells_of
 from stagingd.segment import Segment
 from stagingd_client import chunks
 from stagingd_client.chunks import Piece
 from stagingd_client.holdings import Put
 from stagingd_client.moments import CellMoments, shard_moments
+from stagingd_client.quantize import quantized
 
 PIECE_BYTES = 8 * 2**20
 """A shard is cast and copied piece by piece, so that scratch memory is bounded."""
@@ -34,6 +37,7 @@ class Flusher:
         self._catalog = segment.catalog
         self._owned = owned
         self._stored = [segment.moments(slot) for slot in (0, 1)]
+        self._limits: tuple[tuple[OwnedBox, ...], RankLimits] | None = None
         self._memory = [torch.frombuffer(segment.slot(slot), dtype=torch.uint8) for slot in (0, 1)]
 
     def flush(self, slot: int, puts: Sequence[Put]) -> None:
@@ -41,23 +45,72 @@ class Flusher:
         for piece in chunks.pieces(puts, self._owned, self._catalog):
             self.write_piece(slot, piece, puts[piece.source].shard)
 
+    def quantize(self, slot: int, puts: Sequence[Put]) -> None:
+        """Stage what is quantized of shards, once the moments of all ranks are in the slot."""
+        pieces = chunks.pieces(puts, self._owned, self._catalog)
+        self.quantize_boxes(slot, [(piece.owned, piece.values(puts[piece.source].shard)) for piece in pieces])
+
+    def quantize_boxes(self, slot: int, boxes: Sequence[tuple[OwnedBox, torch.Tensor]]) -> None:
+        """Stage those boxes, of some with their elements, that are quantized; otherwise as ``quantize``."""
+        boxes = [
+            (owned, values) for owned, values in boxes if self._catalog.tensors[owned.tensor].quantized_from is not None
+        ]
+        if not boxes:
+            return
+        limits = self._limits_of(tuple(owned for owned, _ in boxes))
+        made = self._scales(limits.of(self._stored[slot]))
+        for number, (owned, values) in enumerate(boxes):
+            self.write_quantized(slot, owned, values, made[limits.slice_of(number)])
+
+    def _limits_of(self, boxes: tuple[OwnedBox, ...]) -> RankLimits:
+        """Found once: every version has the same boxes."""
+        if self._limits is None or self._limits[0] != boxes:
+            self._limits = boxes, RankLimits(self._catalog, boxes)
+        return self._limits[1]
+
+    def _scales(self, limits: Floats) -> torch.Tensor:
+        catalog = self._catalog
+        assert catalog.format is not None  # else nothing in it is quantized
+        return torch.from_numpy(scales(catalog.format, catalog.device, limits))
+
+    def write_quantized(self, slot: int, owned: OwnedBox, values: torch.Tensor, flat: torch.Tensor) -> None:
+        """Stage the elements of a box, quantized.
+
+        Args:
+            slot: 0 or 1.
+            owned: the box, as the catalog has it.
+            values: its elements, of the box's shape, on any device.
+            flat: the scales of the format's cells that the box touches, float32, one after the other; on the same
+                device.
+        """
+        tensor, stage_format = self._catalog.tensors[owned.tensor], self._catalog.format
+        assert tensor.quantized_from is not None
+        assert stage_format is not None
+        cells = cells_of(stage_format.grid, tensor.shape, owned.box)
+        staged = values.to(_dtype(tensor.quantized_from))
+        made = quantized(staged, flat.view(cells.lengths), stage_format, owned.box, tensor.shape)
+        self._tensor(slot, owned)[owned.box.slices] = made
+
     def write_piece(self, slot: int, piece: Piece, shard: torch.Tensor) -> None:
         """Stage an owned box out of a shard."""
-        part = relative(piece.owned.box, piece.layout.box)
-        self.write(slot, piece.owned, piece.layout.view(shard)[part.slices])
+        self.write(slot, piece.owned, piece.values(shard))
 
     def write(self, slot: int, owned: OwnedBox, values: torch.Tensor) -> None:
-        """Stage the elements of a box and their moments.
+        """Stage the elements of a box and their moments; of what is quantized, the moments alone.
 
         Args:
             slot: 0 or 1.
             owned: the box, as the catalog has it.
             values: its elements, of the box's shape and of any dtype that converts to the staged one.
         """
+        tensor = self._catalog.tensors[owned.tensor]
+        if tensor.quantized_from is not None:
+            self._store_moments(slot, owned, values.to(_dtype(tensor.quantized_from)))
+            return
         target = self._tensor(slot, owned)[owned.box.slices]
         for index in _parts(owned.box, target.element_size()):
             target[index].copy_(values[index])
-        if self._catalog.tensors[owned.tensor].has_moments:
+        if tensor.has_moments:
             # On the values as staged: what was lost in the cast must not count.
             self._store_moments(slot, owned, target)
 
@@ -65,8 +118,7 @@ class Flusher:
         tensor = self._catalog.tensors[owned.tensor]
         start = tensor.offset
         raw = self._memory[slot][start : start + tensor.bytes]
-        dtype: torch.dtype = getattr(torch, tensor.dtype)
-        return raw.view(dtype).view(tensor.shape)
+        return raw.view(_dtype(tensor.dtype)).view(tensor.shape)
 
     def _store_moments(self, slot: int, owned: OwnedBox, staged: torch.Tensor) -> None:
         for grid, cells in shard_moments(staged, owned.box, self._catalog.grids).items():
@@ -89,3 +141,8 @@ def _parts(box: Box, item_bytes: int) -> Iterator[tuple[slice, ...]]:
     step = max(1, PIECE_BYTES // per_index)
     for start in range(0, box.lengths[0], step):
         yield (slice(start, min(start + step, box.lengths[0])),)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

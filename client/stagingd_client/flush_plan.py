@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from stagingd.catalog import Catalog, OwnedBox
+from stagingd.format_scales import RankLimits
 from stagingd.moments import BLOCK, Grid, StoredMoments
 from stagingd_client import chunks
 from stagingd_client.chunks import Chunk, Matrix, Piece
@@ -132,8 +133,43 @@ def make(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: 
     return tables.plan(cut, tuple(taken), np.asarray(cells, np.int64), tuple(unread))
 
 
+def make_quantizing(
+    puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: Catalog, limit: int
+) -> tuple[Plan, RankLimits]:
+    """Plan how what is quantized of shards is flushed, once its scales are known; arguments as of ``make``.
+
+    Returns:
+        The plan, whose jobs count scales; and of what these are made: first of its pieces, then of those that the
+        kernel does not read.
+    """
+    assert catalog.format is not None  # else nothing is quantized
+    read: list[tuple[Piece, list[Matrix]]] = []
+    unread = []
+    for piece in chunks.pieces(puts, owned, catalog):
+        if catalog.tensors[piece.owned.tensor].quantized_from is None:
+            continue
+        made = _readable(len(read), piece, puts, catalog, limit)
+        if made is None:
+            unread.append(piece)
+        else:
+            read.append((piece, made))
+    taken = [piece for piece, _ in read]
+    limits = RankLimits(catalog, [piece.owned for piece in (*taken, *unread)])
+    matrices = [
+        chunks.quantized(
+            matrix, catalog, catalog.first_cell(piece.owned, catalog.format.grid), limits.slice_of(number).start
+        )
+        for number, (piece, made) in enumerate(read)
+        for matrix in made
+    ]
+    kinds = {i: _Kinds(puts, piece, catalog) for i, piece in enumerate(taken)}
+    tables = _Tables()
+    cut = tuple((chunk, tables.add(chunk, kinds)) for chunk in chunks.quantized_chunks(matrices, limit))
+    return tables.plan(cut, tuple(taken), np.zeros(0, np.int64), tuple(unread)), limits
+
+
 def _readable(number: int, piece: Piece, puts: Sequence[Put], catalog: Catalog, limit: int) -> list[Matrix] | None:
-    staged: torch.dtype = getattr(torch, catalog.tensors[piece.owned.tensor].dtype)
+    staged: torch.dtype = getattr(torch, catalog.tensors[piece.owned.tensor].value_dtype)
     if puts[piece.source].shard.dtype not in SOURCES or staged not in SOURCES:
         return None
     made = chunks.matrices(number, piece, catalog)
@@ -147,7 +183,7 @@ class _Kinds:
         shard = puts[piece.source].shard
         tensor = catalog.tensors[piece.owned.tensor]
         self.source: torch.dtype = shard.dtype
-        self.staged: torch.dtype = getattr(torch, tensor.dtype)
+        self.staged: torch.dtype = getattr(torch, tensor.value_dtype)
         self.address = shard.data_ptr()
         self.item = shard.element_size()
 

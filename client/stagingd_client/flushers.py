@@ -90,6 +90,17 @@ class Flushers:
                 read.append(Read(device, flusher.flush(slot, some, ready)))
         return read
 
+    def quantize(self, slot: int, puts: Sequence[Put]) -> list[Read]:
+        """Stage what is quantized of shards, once the moments of all ranks are in the slot; returns as ``flush``."""
+        by_device = _by_device(puts)
+        self._host.quantize(slot, by_device.pop(torch.device("cpu"), ()))
+        read = []
+        for where, some in by_device.items():
+            device, flusher, _ = self._device(where)
+            with device.at_work():
+                read.append(Read(device, flusher.quantize(slot, some)))
+        return read
+
     def finish(self, timeout_s: float) -> None:
         """Wait until everything is in the slot, moments included. Raises DeadlineExceeded."""
         deadline = time.monotonic() + timeout_s

@@ -21,17 +21,19 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from stagingd.boxes import relative
+from stagingd import format_scales
 from stagingd.catalog import Catalog, OwnedBox
 from stagingd.errors import DeadlineExceeded
-from stagingd.moments import Grid, field_stride
+from stagingd.format_scales import RankLimits
+from stagingd.moments import Grid, StoredMoments, field_stride
 from stagingd.segment import Segment
 from stagingd_client import flush_plan
 from stagingd_client.chunks import Chunk, Piece
@@ -39,7 +41,7 @@ from stagingd_client.flush import Flusher
 from stagingd_client.flush_plan import Launch, Plan
 from stagingd_client.holdings import Put
 from stagingd_client.queues import Device, Mark
-from stagingd_client.strips import STRIP_FIELDS, Work
+from stagingd_client.strips import STRIP_FIELDS, QuantizingWork, Work
 
 SCRATCH_BYTES: Final = 96 * 2**20
 """One half of the scratch memory: few chunks keep the host's part small, and both halves stay below 256 MiB."""
@@ -52,6 +54,9 @@ CHANGE_S: Final = 60.0
 """How long tables that are in use are waited for before they are changed, in seconds."""
 LOOK_S: Final = 0.0005
 """How often the committing thread looks whether the copies are done, in seconds."""
+
+Kept = TypeVar("Kept")
+Numbers = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -92,6 +97,21 @@ class _Aside:
     here: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Scales:
+    """The scales of a plan by which shards are quantized: of what they are made, and where they are, there and here."""
+
+    limits: RankLimits
+    there: torch.Tensor
+    here: torch.Tensor
+
+    def fill(self, catalog: Catalog, stored: StoredMoments) -> None:
+        """Make those of one version, here."""
+        assert catalog.format is not None  # else nothing is quantized
+        made = format_scales.scales(catalog.format, catalog.device, self.limits.of(stored))
+        self.here.copy_(torch.from_numpy(made))
+
+
 class DeviceFlusher:
     """Flushes one rank's shards that are on one device. Used by one thread, the one that talks to the daemon.
 
@@ -120,6 +140,7 @@ class DeviceFlusher:
         self._halves: list[_Half] = []
         self._cells: list[torch.Tensor] = []
         self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
+        self._quantizing: OrderedDict[tuple[object, ...], tuple[Plan, _Tables, _Scales]] = OrderedDict()
         self._unfinished: list[tuple[int, Plan, _Tables]] = []
         self._copied: Mark | None = None
 
@@ -128,9 +149,16 @@ class DeviceFlusher:
         plan, tables = self._planned(puts)
         memory = self._halves[0].memory
         cells = torch.empty_like(self._cells[0]).view(STRIP_FIELDS, -1)
-        for launch in {launch.kind: launch for _, launches in plan.chunks for launch in launches}.values():
+        for launch in _one_of_each_kind(plan):
             self._device.casting.run(lambda launch=launch: self._cast(launch, tables, memory, cells))  # type: ignore[misc]
+        if self._catalog.format is not None:
+            self._prepare_quantizing(puts, memory)
         self._copied = self._device.casting.mark()
+
+    def _prepare_quantizing(self, puts: Sequence[Put], memory: torch.Tensor) -> None:
+        plan, tables, scales = self._planned_quantizing(puts)
+        for launch in _one_of_each_kind(plan):
+            self._device.casting.run(lambda launch=launch: self._quantize(launch, tables, scales, memory))  # type: ignore[misc]
 
     def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> Mark:
         """Queue the flush of shards.
@@ -159,12 +187,69 @@ class DeviceFlusher:
         self._copied = self._device.copying.mark()
         return read
 
-    def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
-        casting, copying = self._device.casting, self._device.copying
+    def quantize(self, slot: int, puts: Sequence[Put]) -> Mark:
+        """Queue the flush of what is quantized of shards, once the moments of all ranks are in the slot.
+
+        Args:
+            slot: 0 or 1.
+            puts: the shards that were flushed before.
+
+        Returns:
+            When they have been read, so that they may be changed.
+
+        Raises:
+            DeadlineExceeded: the device has not come to the end of what was queued before.
+        """
+        self.wait_until_copied(time.monotonic() + CHANGE_S)  # the scales before may be on their way to the device
+        plan, tables, scales = self._planned_quantizing(puts)
+        scales.fill(self._catalog, self._stored[slot])
+        self._device.casting.run(lambda: _start_copy(scales.there, scales.here))
+        for chunk, launches in plan.chunks:
+            self._quantize_chunk(slot, chunk, launches, tables, scales)
+        for number, piece in enumerate(plan.unread, len(plan.pieces)):
+            some = piece.owned, piece.values(puts[piece.source].shard), scales.there[scales.limits.slice_of(number)]
+            self._device.casting.run(lambda some=some: self._one_by_one.write_quantized(slot, *some))  # type: ignore[misc]
+        read = self._device.casting.mark()
+        self._device.copying.after(read)
+        self._copied = self._device.copying.mark()
+        return read
+
+    def _quantize_chunk(
+        self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables, scales: _Scales
+    ) -> None:
+        half = self._next_half()
+        for launch in launches:
+            self._device.casting.run(lambda launch=launch: self._quantize(launch, tables, scales, half.memory))  # type: ignore[misc]
+        self._device.copying.after(self._device.casting.mark())
+        for copy in chunk.copies:
+            self._device.copying.copy(copy, self._slots[slot], half.memory.data_ptr())
+        half.copied = self._device.copying.mark()
+
+    def _quantize(self, launch: Launch, tables: _Tables, scales: _Scales, memory: torch.Tensor) -> None:
+        assert self._catalog.format is not None  # else nothing is quantized
+        self._device.quantize(
+            QuantizingWork(
+                jobs=tables.jobs,
+                strips=tables.strips,
+                first_strip=launch.first_strip,
+                count=launch.count,
+                scratch=memory,
+                scales=scales.there,
+                kind=launch.kind,
+                stage_format=self._catalog.format,
+            )
+        )
+
+    def _next_half(self) -> _Half:
         self._halves.reverse()
         half = self._halves[0]
         if half.copied is not None:
-            casting.after(half.copied)
+            self._device.casting.after(half.copied)
+        return half
+
+    def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
+        casting, copying = self._device.casting, self._device.copying
+        half = self._next_half()
         # Of moments nothing more has to be waited for: those of the group before the last were copied before what was
         # in this half of the scratch memory.
         if chunk.begins_group:
@@ -216,23 +301,35 @@ class DeviceFlusher:
 
     def _planned(self, puts: Sequence[Put]) -> tuple[Plan, _Tables]:
         """The plan for these shards, its job table filled in and on its way to the device."""
-        shards = np.asarray([put.shard.data_ptr() for put in puts], np.int64)
-        key = tuple((put.holding.number, put.holding.strides, put.shard.dtype) for put in puts)
-        plan, tables = self._plans.get(key, (None, None))
+        shards = _addresses(puts)
+        plan, tables = self._plans.get(_key(puts), (None, None))
         if plan is None or tables is None or not plan.fits(plan.addresses(shards)):
             plan = flush_plan.make(puts, self._owned, self._catalog, self._limit)
             tables = self._tables(plan)
-        self._plans[key] = plan, tables
-        self._plans.move_to_end(key)
-        if len(self._plans) > PLANS_KEPT:
-            self._plans.popitem(last=False)
+        _keep(self._plans, _key(puts), (plan, tables))
         self._provide_scratch(plan)
+        self._fill_in(plan, tables, shards)
+        return plan, tables
+
+    def _planned_quantizing(self, puts: Sequence[Put]) -> tuple[Plan, _Tables, _Scales]:
+        """The plan by which they are quantized, likewise, and where its scales go."""
+        shards = _addresses(puts)
+        plan, tables, scales = self._quantizing.get(_key(puts), (None, None, None))
+        if plan is None or tables is None or scales is None or not plan.fits(plan.addresses(shards)):
+            plan, limits = flush_plan.make_quantizing(puts, self._owned, self._catalog, self._limit)
+            tables = self._tables(plan)
+            there = self._device.memory(limits.count * 4).view(torch.float32)
+            scales = _Scales(limits, there, self._device.host_memory(there))
+        _keep(self._quantizing, _key(puts), (plan, tables, scales))
+        self._fill_in(plan, tables, shards)
+        return plan, tables, scales
+
+    def _fill_in(self, plan: Plan, tables: _Tables, shards: Numbers) -> None:
         addresses = torch.from_numpy(plan.addresses(shards))
         if not torch.equal(tables.host_jobs[:, 0], addresses):
             self.wait_until_copied(time.monotonic() + CHANGE_S)  # they may be on their way to the device
             tables.host_jobs[:, 0] = addresses
             self._device.casting.run(lambda: _start_copy(tables.jobs, tables.host_jobs))
-        return plan, tables
 
     def _tables(self, plan: Plan) -> _Tables:
         jobs, strips = torch.from_numpy(plan.jobs), torch.from_numpy(plan.strips)
@@ -249,7 +346,7 @@ class DeviceFlusher:
         """How what the kernel does not read is flushed."""
         aside, one_by_one, taken = [], [], 0
         for piece in plan.unread:
-            dtype: torch.dtype = getattr(torch, self._catalog.tensors[piece.owned.tensor].dtype)
+            dtype: torch.dtype = getattr(torch, self._catalog.tensors[piece.owned.tensor].value_dtype)
             size = piece.owned.box.volume * dtype.itemsize
             if taken + size > ASIDE_BYTES:
                 one_by_one.append(piece)
@@ -302,9 +399,27 @@ class DeviceFlusher:
         self.wait_until_copied(deadline)
 
 
+def _one_of_each_kind(plan: Plan) -> Iterable[Launch]:
+    return {launch.kind: launch for _, launches in plan.chunks for launch in launches}.values()
+
+
+def _addresses(puts: Sequence[Put]) -> Numbers:
+    return np.asarray([put.shard.data_ptr() for put in puts], np.int64)
+
+
+def _key(puts: Sequence[Put]) -> tuple[object, ...]:
+    return tuple((put.holding.number, put.holding.strides, put.shard.dtype) for put in puts)
+
+
+def _keep(plans: OrderedDict[tuple[object, ...], Kept], key: tuple[object, ...], plan: Kept) -> None:
+    plans[key] = plan
+    plans.move_to_end(key)
+    if len(plans) > PLANS_KEPT:
+        plans.popitem(last=False)
+
+
 def _cast_aside(aside: _Aside, shard: torch.Tensor) -> None:
-    part = relative(aside.piece.owned.box, aside.piece.layout.box)
-    _start_copy(aside.there, aside.piece.layout.view(shard)[part.slices])
+    _start_copy(aside.there, aside.piece.values(shard))
 
 
 def _start_copy(target: torch.Tensor, source: torch.Tensor) -> None:

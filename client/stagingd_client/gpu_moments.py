@@ -22,11 +22,12 @@ WARPS: Final = 16
 INTERPRETED: Final = bool(triton.knobs.runtime.interpret)
 """Triton's interpreter, which runs the kernel on a CPU, truncates where GPUs round."""
 
-_POINTED: Final = {
+POINTED: Final = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+"""What a kernel's pointers point to."""
 
 
 def cast_strips(work: Work) -> None:
@@ -41,7 +42,7 @@ def cast_strips(work: Work) -> None:
         work.cells.stride(0),
         work.partials,
         work.partials.stride(0),
-        SOURCE=_POINTED[kind.source],
+        SOURCE=POINTED[kind.source],
         DENSE=kind.dense,
         ALIGNED=kind.aligned,
         FULL=kind.full,

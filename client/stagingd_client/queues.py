@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from stagingd_client.copies import Copy
-from stagingd_client.strips import Work
+from stagingd_client.strips import QuantizingWork, Work
 
 
 class SlowerPath(UserWarning):
@@ -76,3 +76,6 @@ class Device(Protocol):
 
     def cast(self, work: Work) -> None:
         """Cast, pack and take moments, on the current queue."""
+
+    def quantize(self, work: QuantizingWork) -> None:
+        """Cast, quantize and pack, on the current queue."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -39,6 +39,7 @@ from stagingd.errors import (
     StagingError,
     VersionNotRising,
 )
+from stagingd.formats import Quantization, read_quantization
 from stagingd.moments import ALL_GRIDS, Grid
 from stagingd.policy import Policy
 from stagingd_client import flushers
@@ -102,6 +103,7 @@ class Stage:
         policy: Policy | str = Policy.LATEST,
         grids: Iterable[Grid | str] = ALL_GRIDS,
         on_non_finite: wire.OnNonFinite | str = wire.OnNonFinite.REJECT,
+        quantization: Quantization | str | os.PathLike[str] | None = None,
         timeout_s: float = 60.0,
         names: Names | None = None,
     ) -> Stage:
@@ -115,12 +117,17 @@ class Stage:
             policy: what beginning a version does while a sealed one has not been read: ``latest`` or ``block``.
             grids: what moments are kept for.
             on_non_finite: ``reject`` a version with NaN or infinite values, or ``warn``.
+            quantization: what the trainers quantize before it is staged, and how, or a file that says so, as
+                ``python -m stagingd_vllm.plan_command --quantization-file`` writes it; nothing by default.
             timeout_s: the longest that anything waits, in seconds.
             names: how the trainer's tensors are named and ordered; as the stage's by default.
 
         Raises:
             DaemonUnreachable, SocketNotTrusted: there is no daemon to talk to.
+            QuantizationUnreadable: the file does not say what is quantized.
         """
+        if isinstance(quantization, str | os.PathLike):
+            quantization = read_quantization(quantization)
         distributed = dist.is_available() and dist.is_initialized()
         rank = rank if rank is not None else dist.get_rank() if distributed else 0
         ranks = ranks if ranks is not None else dist.get_world_size() if distributed else 1
@@ -128,6 +135,7 @@ class Stage:
             policy=Policy(policy),
             grids=tuple(Grid(grid) for grid in grids),
             on_non_finite=wire.OnNonFinite(on_non_finite),
+            quantization=quantization,
         )
         connection = Connection(socket, name=f"trainer rank {rank}")
         return cls(name, connection, rank, ranks, dtype, options, timeout_s, names or SameNames())
@@ -243,7 +251,7 @@ class Stage:
         request = wire.Begin(stage=self.name, rank=self.rank, version=version, timeout_s=self.timeout_s)
         return self._ask(request, wire.Begun).slot
 
-    def _ask(self, request: wire.Begin | wire.Commit, answer: type[Expected]) -> Expected:
+    def _ask(self, request: wire.Begin | wire.Measure | wire.Commit, answer: type[Expected]) -> Expected:
         """Where the daemon does not answer, it may have begun the version, or not: it is given up before the next."""
         try:
             return self._connection.request(request, answer, timeout_s=self.timeout_s)
@@ -319,9 +327,25 @@ class Stage:
         publication = self._begun("commit")
         self._ready().holdings.check_complete(publication.version, publication._put)
         self._flush(publication)
+        if self.catalog.format is not None:
+            measuring = tuple(publication._flushed)
+            publication._flushed.append(self._background.submit(self._quantize, publication, measuring))
         publication._sealed = self._background.submit(self._commit, publication)
         self._current, self._last = None, publication
         return publication
+
+    def _quantize(
+        self, publication: Publication, measuring: Sequence[Future[list[flushers.Read]]]
+    ) -> list[flushers.Read]:
+        """Once all ranks have stored their moments, and so the scales are known."""
+        slot = publication._slot.result(0)
+        for measured in measuring:
+            measured.result(0)
+        ready = self._ready()
+        ready.flushers.finish(self.timeout_s)
+        request = wire.Measure(stage=self.name, rank=self.rank, version=publication.version, timeout_s=self.timeout_s)
+        self._ask(request, wire.Measured)
+        return ready.flushers.quantize(slot, [put for batch in publication._kept for put in batch.puts])
 
     def _commit(self, publication: Publication) -> None:
         publication._slot.result(0)
@@ -369,10 +393,18 @@ class Stage:
         """Afterwards the shards put so far may be changed: what a device computes from now on waits for its copies.
 
         The host waits for shards in its own memory, and where the slot to write is not free yet; not for a device.
+        Where trainers quantize, it waits until all ranks have stored their moments too.
 
         Raises:
             StagingError: why the version that they belong to has failed.
+            OutOfOrder: the trainers quantize, and the version is not committed.
         """
+        if self._current is not None and self.catalog.format is not None and self._current._put:
+            raise OutOfOrder(
+                f"fence before version {self._current.version} is committed: its scales follow from all that is put",
+                remedy="commit, then call fence",
+                version=self._current.version,
+            )
         if self._current is not None:
             self._flush(self._current)
         for publication in (self._last, self._current):

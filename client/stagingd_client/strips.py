@@ -14,6 +14,8 @@ from typing import Final
 
 import torch
 
+from stagingd.formats import StageFormat
+
 
 class Job(IntEnum):
     """Columns of the job table: int64, one row per matrix, sizes and strides in elements.
@@ -81,6 +83,29 @@ class Work:
     kind: Kind
     with_rows: bool
     with_blocks: bool
+
+
+@dataclass(frozen=True)
+class QuantizingWork:
+    """What the kernel that quantizes does at once.
+
+    Attributes:
+        jobs: as of ``Work``, but ``ROW_CELL`` is where among the scales those of the matrix begin.
+        strips, first_strip, count: as of ``Work``.
+        scratch: where the packed bytes go, uint8.
+        scales: float32, of all cells of the format's grid that the matrices touch.
+        kind: what the strips have in common; ``staged`` is the dtype that is quantized from.
+        stage_format: how values and scales become bytes.
+    """
+
+    jobs: torch.Tensor
+    strips: torch.Tensor
+    first_strip: int
+    count: int
+    scratch: torch.Tensor
+    scales: torch.Tensor
+    kind: Kind
+    stage_format: StageFormat
 
 
 @dataclass(frozen=True)

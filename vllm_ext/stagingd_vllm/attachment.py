@@ -25,7 +25,7 @@ from stagingd_vllm.derived import made_anew, refresh_derived
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.place import Place, groups_of
-from stagingd_vllm.plan import StagedTensor
+from stagingd_vllm.plan import staged_tensors
 from stagingd_vllm.prefetcher import Prefetcher
 from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
@@ -129,7 +129,7 @@ class Attachment:
                 stage, engine=place.engine, rank=place.rank, ranks=place.ranks, socket=socket, timeout_s=timeout_s
             )
             undo.callback(reader.close)
-            staged = {tensor.name: StagedTensor(tensor.dtype, tensor.shape) for tensor in reader.catalog.tensors}
+            staged = staged_tensors(reader.catalog)
             aliases = {alias.alias: alias.name for alias in reader.catalog.aliases}
             plan = derive_plan(model, vllm_config, staged, aliases)
             refresh = _refreshing(model, vllm_config)

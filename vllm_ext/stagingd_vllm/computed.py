@@ -59,7 +59,8 @@ class OwnLoader:
         catalog: the stage's.
 
     Raises:
-        PlanRefused: the loader cannot write to one of these parameters where it lives. Names tensor and parameter.
+        PlanRefused: the loader cannot write to one of these parameters where it lives, or a tensor is quantized
+            already. Names tensor and parameter.
     """
 
     def __init__(self, plan: ReadPlan, live: Mapping[str, Home], loading: Loading | None, catalog: Catalog) -> None:
@@ -72,6 +73,7 @@ class OwnLoader:
             return
         if loading is None:
             raise _refused(plan, plan.computed[0].parameters[0], "no loader of the model is given to take it")
+        _check_values(plan, catalog)
         self._model = loading.build()
         for name in plan.computed_parameters:
             for parameter in _in_the_memory_of(live[name], self._model, live):
@@ -226,6 +228,19 @@ def _in_the_memory_of(home: Home, model: torch.nn.Module, live: Mapping[str, Hom
         p for weight, p in named if weight.data_ptr() == home.weight.data_ptr() and weight.shape == home.weight.shape
     ]
     return list({id(parameter): parameter for parameter in there}.values())
+
+
+def _check_values(plan: ReadPlan, catalog: Catalog) -> None:
+    for computed in plan.computed:
+        tensor = catalog.tensor(computed.tensor)
+        if tensor.quantized_from is not None:
+            raise PlanRefused(
+                f"only the model's own loader can take {tensor.name}, which computes with values, and it is staged in "
+                f"{catalog.format} ({computed.reason})",
+                remedy=f"open the stage with {tensor.name} as {tensor.quantized_from}",
+                tensor=tensor.name,
+                parameter=computed.parameters[0],
+            )
 
 
 def _check_fits(plan: ReadPlan, name: str, home: Home, parameter: torch.Tensor) -> None:

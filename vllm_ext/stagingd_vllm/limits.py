@@ -69,7 +69,7 @@ def cells_of_matrix(matrix: Matrix, granularity: Granularity, columns: int, cata
         offsets = (*matrix.box.offsets[:-1], 0)
         rows = Box(offsets, (*matrix.box.lengths[:-1], tensor.shape[-1]))
         return _shifted(_cells(matrix, Grid.ROW, rows, catalog), matrix.row, 0, 1)
-    if not _falls_on_blocks(matrix, tensor.shape):
+    if not falls_on_blocks(matrix, tensor.shape):
         return None
     found = _cells(matrix, Grid.BLOCK, matrix.box, catalog)
     return _shifted(found, matrix.row // BLOCK, matrix.column // BLOCK, -(-columns // BLOCK))
@@ -130,8 +130,13 @@ def _shifted(found: _Found, row: int, column: int, per_row: int) -> Cells:
     return Cells((found.row + row) * per_row + found.column + column, found.cell, found.count)
 
 
-def _falls_on_blocks(matrix: Matrix, tensor: Sequence[int]) -> bool:
-    """Whether the blocks of the parameter that the matrix touches are blocks of the tensor, each wholly in it."""
+def falls_on_blocks(matrix: Matrix, tensor: Sequence[int]) -> bool:
+    """Whether the blocks of the parameter that the matrix touches are blocks of the tensor, each wholly in it.
+
+    Args:
+        matrix: part of a parameter.
+        tensor: the shape of its tensor.
+    """
     if (matrix.rows_of, matrix.columns_of) != (len(tensor) - 2, len(tensor) - 1):
         return False
     cuts = (

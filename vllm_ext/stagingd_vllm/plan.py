@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagingd.boxes import Box, Shape, intersect, overlapping, uncovered
+from stagingd.catalog import Catalog
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.errors import StagingError
 from stagingd_vllm.views import View, align, box_of, join_adjacent
@@ -28,15 +29,27 @@ class PlanRefused(StagingError):
 
 @dataclass(frozen=True, slots=True)
 class StagedTensor:
-    """A tensor of the stage: its dtype by name ("bfloat16") and its global shape."""
+    """A tensor of the stage: the dtype of its values by name ("bfloat16") and its global shape.
+
+    ``held`` is the dtype in which the stage holds it where that is another one: trainers have quantized it.
+    """
 
     dtype: str
     shape: Shape
+    held: str | None = None
 
     @property
     def bytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        """Bytes of the whole tensor, as it is held."""
+        return math.prod(self.shape) * ITEM_BYTES[self.held or self.dtype]
+
+
+def staged_tensors(catalog: Catalog) -> dict[str, StagedTensor]:
+    """All tensors of a stage by name, in its order, as plans know them: by the dtype of their values."""
+    return {
+        tensor.name: StagedTensor(tensor.value_dtype, tensor.shape, tensor.dtype if tensor.quantized_from else None)
+        for tensor in catalog.tensors
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,7 @@ class PlanEntry:
     """One read: a box of a staged tensor (of ``dtype``), and the region of the same shape that takes it.
 
     ``cast`` is the parameter's dtype where it is another one: each element is converted as it is written.
+    ``held`` is the dtype in which the stage holds the tensor where trainers have quantized it.
     """
 
     tensor: str
@@ -64,11 +78,12 @@ class PlanEntry:
     source: Box
     region: Region
     cast: str | None = None
+    held: str | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes read from the stage."""
-        return self.source.volume * ITEM_BYTES[self.dtype]
+        return self.source.volume * ITEM_BYTES[self.held or self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +255,7 @@ def _step(write: Write, staged: Mapping[str, StagedTensor], shape: Shape) -> _St
         return _Step(write, box, None, f"{what}: {write.source}")
     source, target = aligned
     region = Region(write.parameter, target.offset, target.shape, target.stride)
-    return _Step(write, box, PlanEntry(write.tensor, tensor.dtype, source, region, write.cast), None)
+    return _Step(write, box, PlanEntry(write.tensor, tensor.dtype, source, region, write.cast, tensor.held), None)
 
 
 def _target_box(parameter: str, target: View, shape: Shape) -> Box:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,6 +45,14 @@ DTYPES = {
 
 _SHAPES: TypeAdapter[dict[str, tuple[int, ...]]] = TypeAdapter(dict[str, tuple[int, ...]])
 
+
+class EngineDevice(StrEnum):
+    """Where an engine's weights are."""
+
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -67,18 +76,36 @@ def plan(
         Path | None,
         typer.Option(help='JSON file {"name": [dims]} of the staged tensors, where there is no checkpoint.'),
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="vLLM's online quantization of the engine, for --quantization-file.")
+    ] = None,
+    quantization_file: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write: what trainers can quantize for all workers of this engine."),
+    ] = None,
+    engine_device: Annotated[
+        EngineDevice, typer.Option(help="On which kind of device the engine's weights are.")
+    ] = EngineDevice.CUDA,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Show which box of which staged tensor a vLLM worker reads, and where it goes. No GPU or engine is needed."""
     if stage_dtype is not None and stage_dtype not in WITH_MOMENTS:
         raise typer.BadParameter(f"{stage_dtype} is none of {', '.join(sorted(WITH_MOMENTS))}")
+    if quantization_file is not None and quantization is None:
+        raise typer.BadParameter("--quantization-file needs --quantization, such as fp8_per_tensor")
     staged = staged_as(tensors_of(model, shapes), stage_dtype)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
     from stagingd_vllm.offline import Worker, derive_offline, worker_config
 
-    with worker_config(model, Worker(tensor_parallel, pipeline_parallel, expert_parallel, rank)) as config:
+    worker = Worker(tensor_parallel, pipeline_parallel, expert_parallel, rank)
+    with worker_config(model, worker) as config:
         derived = derive_offline(config, staged, {})
+    if quantization is not None and quantization_file is not None:
+        from stagingd_vllm.quantized_layers import derive_quantization
+
+        told = derive_quantization(model, worker, quantization, staged, engine_device.value)
+        quantization_file.write_text(told.model_dump_json())
     if as_json:
         typer.echo(json.dumps(as_object(derived)))
     else:

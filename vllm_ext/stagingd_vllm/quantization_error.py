@@ -17,6 +17,7 @@ import torch
 from stagingd.boxes import Box, cells
 from stagingd.catalog import Catalog
 from stagingd.dtypes import ITEM_BYTES
+from stagingd.errors import OutOfOrder
 from stagingd.moments import cell_shape
 from stagingd_vllm.carriers import carrier
 from stagingd_vllm.layouts import Home
@@ -104,8 +105,14 @@ def quantization_errors(
 
     Raises:
         PlanRefused, OutOfOrder: as ``make_recipe`` says.
+        OutOfOrder: trainers have quantized tensors of the stage: what they were before is not known.
         LeaseLost: the lease ended meanwhile.
     """
+    if catalog.format is not None:
+        raise OutOfOrder(
+            f"the stage is in {catalog.format}: it does not hold the values that were quantized",
+            remedy="open the stage without quantization on the trainers, and ask an engine that is attached to it",
+        )
     entries: dict[str, list[PlanEntry]] = {}
     for entry in plan.entries:
         if homes[entry.region.parameter].scheme is not None:

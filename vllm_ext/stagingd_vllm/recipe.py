@@ -8,18 +8,17 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from stagingd.boxes import Shape
-from stagingd.catalog import Catalog
+from stagingd.catalog import Catalog, StagedTensor
 from stagingd.dtypes import ITEM_BYTES
+from stagingd.formats import QUANTIZED_FROM
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.limits import Cells, Limits, cells_of_matrix
 from stagingd_vllm.matrices import Matrix, matrices, padded
 from stagingd_vllm.moves import Move, Scales, Treatment
 from stagingd_vllm.plan import PlanEntry, PlanRefused, ReadPlan
+from stagingd_vllm.prequantized import refuse_unfit
 from stagingd_vllm.scales import Granularity, ScaleRule
 from stagingd_vllm.schemes import Scheme
-
-QUANTIZED_FROM = frozenset({"bfloat16", "float16"})
-"""What is quantized as it is staged; the engine would round anything else to its own dtype before."""
 
 PARTS = 8
 """The scales of the first part are worked out before its bytes cross, those of the others meanwhile."""
@@ -96,8 +95,10 @@ def in_parts(plan: ReadPlan, homes: Mapping[str, Home], parts: int = PARTS) -> I
 def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog, rule: ScaleRule) -> Recipe:
     """Work out what to do.
 
+    What trainers have quantized is copied; its scales are made of moments as those of other tensors are.
+
     Args:
-        plan: what is read, and to which region of which parameter, as the loader sees it.
+        plan: what is read in boxes, and to which region of which parameter, as the loader sees it.
         homes: where these parameters live.
         catalog: the stage's.
         rule: how scales follow from moments.
@@ -110,6 +111,7 @@ def make_recipe(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog, rul
         for entry in plan.entries
         for matrix in _matrices(entry, plan.shapes, homes[entry.region.parameter], catalog)
     ]
+    refuse_unfit(cut, catalog, rule)
     moves, peaks, sliced = [], [], set[str]()
     made: list[tuple[str, int, Cells]] = []
     for matrix, home in cut:
@@ -173,6 +175,7 @@ def _move(matrix: Matrix, home: Home, catalog: Catalog) -> Move:
     at = (*matrix.leading, matrix.row, matrix.column)
     offset = sum(i * stride for i, stride in zip(at, weight.stride(), strict=True))
     live = str(weight.dtype).removeprefix("torch.")
+    treatment = _treatment(matrix, home.scheme, tensor, live)
     return Move(
         source=tensor.offset + matrix.source * ITEM_BYTES[tensor.dtype],
         source_row=matrix.source_row,
@@ -184,17 +187,20 @@ def _move(matrix: Matrix, home: Home, catalog: Catalog) -> Move:
         target_column=weight.stride(-1),
         staged=tensor.dtype,
         live=live,
-        treatment=_treatment(matrix, home.scheme, tensor.dtype, live),
-        scales=None if home.scheme is None else _scales(matrix, home, home.scheme),
+        treatment=treatment,
+        scales=None if home.scheme is None or treatment is Treatment.COPY else _scales(matrix, home, home.scheme),
     )
 
 
-def _treatment(matrix: Matrix, scheme: Scheme | None, staged: str, live: str) -> Treatment:
+def _treatment(matrix: Matrix, scheme: Scheme | None, tensor: StagedTensor, live: str) -> Treatment:
+    if tensor.quantized_from is not None:
+        return Treatment.COPY
     if scheme is None:
-        return Treatment.COPY if staged == live else Treatment.CONVERT
-    if staged not in QUANTIZED_FROM:
+        return Treatment.COPY if tensor.dtype == live else Treatment.CONVERT
+    # Anything else the engine would round to its own dtype before.
+    if tensor.dtype not in QUANTIZED_FROM:
         raise PlanRefused(
-            f"{matrix.entry.tensor} is staged as {staged}, and {matrix.entry.region.parameter} is {scheme.name}",
+            f"{matrix.entry.tensor} is staged as {tensor.dtype}, and {matrix.entry.region.parameter} is {scheme.name}",
             remedy="stage it as bfloat16: the engine would round it before it quantizes",
             tensor=matrix.entry.tensor,
             parameter=matrix.entry.region.parameter,

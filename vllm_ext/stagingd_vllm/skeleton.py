@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe import expert_map_manager
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -106,11 +107,19 @@ def loading(vllm_config: VllmConfig) -> Loading:
     return Loading(lambda: build_skeleton(vllm_config), around)
 
 
-def build_skeleton(vllm_config: VllmConfig) -> torch.nn.Module:
-    """The same model for the same rank on the meta device, in the layout that its loader expects."""
+def build_skeleton(vllm_config: VllmConfig, quant_config: QuantizationConfig | None = None) -> torch.nn.Module:
+    """The same model for the same rank on the meta device, in the layout that its loader expects.
+
+    Args:
+        vllm_config: of a live model, or of one that could be.
+        quant_config: is asked how each layer is quantized; it has to answer that none is.
+
+    Raises:
+        PlanRefused: the model's constructor needs memory.
+    """
     config = copy.copy(vllm_config)
     config.model_config = copy.deepcopy(vllm_config.model_config)
-    config.quant_config = None
+    config.quant_config = quant_config
     # Layers register themselves here by name. A shared one would find every name taken, and a deep copy would
     # copy the live layers with their caches.
     config.compilation_config = copy.copy(vllm_config.compilation_config)

@@ -34,6 +34,7 @@ class Section:
     socket: str | None = None
     policy: str | None = None
     on_non_finite: str | None = None
+    quantization: str | None = None
     every: int | None = None
     timeout_s: float | None = None
     adapter: str | None = None

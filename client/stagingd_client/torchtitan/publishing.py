@@ -49,6 +49,7 @@ class Publishing:
             socket=settings.socket,
             policy=settings.policy,
             on_non_finite=settings.on_non_finite,
+            quantization=settings.quantization,
             timeout_s=settings.timeout_s,
             names=names,
         )

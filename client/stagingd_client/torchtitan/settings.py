@@ -33,6 +33,9 @@ class PublishingSettings(BaseSettings):
     on_non_finite: OnNonFinite = OnNonFinite.REJECT
     """``reject`` a version with NaN or infinite values, or ``warn``."""
 
+    quantization: Path | None = None
+    """A file that says what the trainer quantizes, and how; nothing by default."""
+
     every: int = Field(default=1, gt=0)
     """Steps from one version to the next. The last step is published in any case."""
 
