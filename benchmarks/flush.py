@@ -33,6 +33,7 @@ from benchmarks.host import daemon, end, remove_segments
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.report import RESULTS, Report, machine_slug, surroundings
 from stagingd.errors import DeadlineExceeded
+from stagingd.formats import StageFormat
 
 CASE_S = 540.0
 """The longest that a case may take, in seconds."""
@@ -88,6 +89,9 @@ def flush(
     rounds: Annotated[int, typer.Option(min=1, help="How often steps without and with publishing take turns.")] = 3,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a microbatch.")] = 4096,
     gather: Annotated[bool, typer.Option(help="Time gathering full tensors too.")] = True,
+    stage_format: Annotated[
+        StageFormat | None, typer.Option("--format", help="What the trainers make of linear layers. [default: bf16]")
+    ] = None,
     checkpoint: Annotated[bool, typer.Option(help="Time torch's checkpoint staging too, where it fits.")] = True,
     machine: Annotated[str | None, typer.Option(help="The machine's name in the report.")] = None,
     results: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
@@ -98,18 +102,36 @@ def flush(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = ranks or max(1, torch.cuda.device_count())
     models = model or ["8B" if device == "cuda" else "debug"]
-    around = surroundings(models=models, ranks=count, device=device, versions=versions, steps=steps, tokens=tokens)
+    around = surroundings(
+        models=models,
+        ranks=count,
+        device=device,
+        versions=versions,
+        steps=steps,
+        tokens=tokens,
+        format=stage_format or "bf16",
+    )
     around["devices"] = [torch.cuda.get_device_name(i) for i in range(count)] if device == "cuda" else []
     found = []
     for name in models:
         label = f"{name}, {count} {'GPU' if device == 'cuda' else 'CPU rank'}{'s' if count > 1 else ''}"
         case = Case(
-            label, name, count, device, versions, tokens, steps, rounds, checkpoint and SHAPES[name].trains, gather
+            label if stage_format is None else f"{label}, {stage_format}",
+            name,
+            count,
+            device,
+            versions,
+            tokens,
+            steps,
+            rounds,
+            checkpoint and SHAPES[name].trains,
+            gather,
+            stage_format,
         )
         measured = measure(case)
         found += rows(case, measured)
         for note in {note for rank in measured for note in rank.notes}:
-            console.print(f"{label}: {note}")
+            console.print(f"{case.label}: {note}")
         report = Report("flush", machine_slug(machine), around, found)
         path = report.write(results)  # after every case: they take minutes
     console.print(report.table())

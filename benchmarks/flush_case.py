@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.report import Row
+from stagingd.formats import StageFormat
 
 MIB = 2**20
 FLUSHES_PER_STEP = 4
@@ -30,6 +31,7 @@ class Case:
         rounds: how often steps without and with publishing take turns.
         checkpoint: whether torch's asynchronous checkpoint staging is timed too.
         gather: whether gathering full tensors is timed too.
+        stage_format: in which the trainers stage; None for bf16.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Case:
     rounds: int = 3
     checkpoint: bool = True
     gather: bool = True
+    stage_format: StageFormat | None = None
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Found:
 
     Attributes:
         staged_bytes: one version in bf16, of all ranks.
+        held_bytes: its tensors as the stage holds them.
         pinned_alone: bytes a second of the pinned copy, on one device alone; 0 on other ranks.
         pinned_together: bytes a second of this rank's copy while all ranks copy.
         flush: per version, begin and end on the machine's one clock.
@@ -65,6 +69,7 @@ class Found:
     """
 
     staged_bytes: int
+    held_bytes: int = 0
     pinned_alone: float = 0.0
     pinned_together: float = 0.0
     flush: list[tuple[float, float]] = field(default_factory=list)
@@ -88,7 +93,7 @@ def rows(case: Case, ranks: Sequence[Found]) -> list[Row]:
     spans = list(zip(*(rank.flush for rank in ranks), strict=True))
     seconds = [max(end for _, end in parts) - min(begin for begin, _ in parts) for parts in spans]
     staged = ranks[0].staged_bytes
-    rate = staged / statistics.median(seconds)
+    rate = ranks[0].held_bytes / statistics.median(seconds)
     together = sum(rank.pinned_together for rank in ranks)
     found = [
         Row(f"{label}: pinned copy, one device alone", ranks[0].pinned_alone / 1e9, "GB/s", "higher"),

@@ -13,18 +13,23 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from stagingd_client import Publication, Stage
 from stagingd_client.placement import held
-from stagingd_vllm import Reader
+from stagingd_client.quantize import quantized
+from stagingd_vllm import Lease, Reader
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from benchmarks.flush_case import FLUSHES_PER_STEP, Case, Found
-from benchmarks.flush_model import SHAPES, Sharded, build
+from benchmarks.flush_model import SHAPES, Sharded, build, scale_groups
 from stagingd.boxes import Box
+from stagingd.catalog import Catalog
+from stagingd.format_scales import scales
+from stagingd.formats import EngineDevice, Quantization
 from stagingd.moments import FIELD_BYTES, FIELDS, Grid, cells_of
 from stagingd.segment import SHARED_MEMORY
 
@@ -88,9 +93,11 @@ class Rank:
         self._say("the model stands")
         self._measure_pinned()
         before = self._device_bytes()
-        with Stage.open("policy", socket=self._socket, names=self._model.names, timeout_s=300.0) as stage:
+        options = {"quantization": self._quantization(), "timeout_s": 300.0}
+        with Stage.open("policy", socket=self._socket, names=self._model.names, **options) as stage:
             stage.declare(self._model.module)
             self._say("declared")
+            self._found.held_bytes = stage.catalog.tensor_bytes
             self._found.segment_bytes = stage._segment.size if self._rank == 0 and stage._segment else 0
             self._found.moments_bytes = _moments_bytes(stage)
             self._measure_versions(stage)
@@ -114,6 +121,22 @@ class Rank:
             print(
                 f"{time.perf_counter() - self._begun:7.1f} s  {self._case.label}: {what}", file=sys.stderr, flush=True
             )
+
+    def _quantization(self) -> Quantization | None:
+        if self._case.stage_format is None:
+            return None
+        names = {
+            named.name
+            for name, parameter in self._model.module.named_parameters()
+            if (part := held(name, parameter)) is not None
+            for named in self._model.names.shards(name, part)
+        }
+        everybodys: list[set[str]] = [set() for _ in range(self._case.ranks)]
+        dist.all_gather_object(everybodys, names)
+        device: EngineDevice = "cuda" if self._cuda else "cpu"
+        return Quantization(
+            format=self._case.stage_format, device=device, groups=scale_groups(set().union(*everybodys))
+        )
 
     # Ceilings
 
@@ -173,8 +196,10 @@ class Rank:
                 part = held(name, parameter)
                 for named in self._model.names.shards(name, part) if part is not None else ():
                     wanted = named.part.values.bfloat16().reshape(named.part.box.lengths)
+                    if stage.catalog.tensor(named.name).quantized_from is not None:
+                        wanted = _as_quantized(stage.catalog, lease, named.name, named.part.box, wanted)
                     staged = lease.read(named.name, named.part.box).to(wanted.device)
-                    if not torch.equal(staged, wanted):
+                    if not torch.equal(staged.view(torch.uint8), wanted.view(torch.uint8)):
                         raise RuntimeError(f"tensor {named.name} is not staged as it was put")
             amax = max(
                 float(lease.moments(tensor.name, Grid.TENSOR).amax.max()) for tensor in stage.catalog.tensors[:3]
@@ -307,6 +332,19 @@ class Rank:
 
     def _device_peak(self) -> int:
         return torch.cuda.max_memory_reserved() if self._cuda else 0
+
+
+def _as_quantized(catalog: Catalog, lease: Lease, name: str, box: Box, values: torch.Tensor) -> torch.Tensor:
+    """What a box's values are in the stage's format, by the moments of whole cells that a reader finds."""
+    assert catalog.format is not None  # else nothing is quantized
+    grid = catalog.format.grid
+    if grid is Grid.TENSOR:
+        group = [lease.moments(one.name, grid).amax.max() for one in catalog.group_of(catalog.tensor(name))]
+        limits = np.full((1,) * values.dim(), max(group), np.float32)
+    else:
+        limits = lease.moments(name, grid, box).amax
+    made = torch.from_numpy(scales(catalog.format, catalog.device, limits)).to(values.device)
+    return quantized(values, made, catalog.format, box, catalog.tensor(name).shape)
 
 
 def _moments_bytes(stage: Stage) -> int:

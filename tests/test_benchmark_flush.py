@@ -51,6 +51,8 @@ def test_two_cpu_ranks_flush_train_and_gather_a_debug_model(tmp_path: Path) -> N
         "16",
         "--model",
         "debug",
+        "--format",
+        "fp8_per_block",
         "--json",
     ]
     done = subprocess.run(
@@ -65,7 +67,7 @@ def test_two_cpu_ranks_flush_train_and_gather_a_debug_model(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "flush-a-test.json").read_text())
     assert json.loads(done.stdout) == written
-    label = "debug, 2 CPU ranks"
+    label = "debug, 2 CPU ranks, fp8_per_block"
     figures = {row["figure"] for row in written["rows"]}
     assert figures == {f"{label}: {figure}" for figure in ALWAYS | OF_STEPS | {"gather and copy, host blocked"}}
     assert "what was staged is right" in done.stderr
@@ -74,6 +76,7 @@ def test_two_cpu_ranks_flush_train_and_gather_a_debug_model(tmp_path: Path) -> N
 def found(begin: float, end: float, together: float) -> Found:
     return Found(
         staged_bytes=10_000_000_000,
+        held_bytes=10_000_000_000,
         pinned_alone=50e9,
         pinned_together=together,
         flush=[(begin, end)],

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections import defaultdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from stagingd.dtypes import WITH_MOMENTS
 from stagingd.errors import StagingError
+from stagingd.formats import EngineDevice
 from stagingd_vllm.plan import PlanEntry, ReadPlan, StagedTensor
 
 HEADER_LIMIT = 100_000_000
@@ -44,13 +44,6 @@ DTYPES = {
 """The dtypes of safetensors by their names."""
 
 _SHAPES: TypeAdapter[dict[str, tuple[int, ...]]] = TypeAdapter(dict[str, tuple[int, ...]])
-
-
-class EngineDevice(StrEnum):
-    """Where an engine's weights are."""
-
-    CUDA = "cuda"
-    CPU = "cpu"
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -85,7 +78,7 @@ def plan(
     ] = None,
     engine_device: Annotated[
         EngineDevice, typer.Option(help="On which kind of device the engine's weights are.")
-    ] = EngineDevice.CUDA,
+    ] = "cuda",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Show which box of which staged tensor a vLLM worker reads, and where it goes. No GPU or engine is needed."""
@@ -104,7 +97,7 @@ def plan(
     if quantization is not None and quantization_file is not None:
         from stagingd_vllm.quantized_layers import derive_quantization
 
-        told = derive_quantization(model, worker, quantization, staged, engine_device.value)
+        told = derive_quantization(model, worker, quantization, staged, engine_device)
         quantization_file.write_text(told.model_dump_json())
     if as_json:
         typer.echo(json.dumps(as_object(derived)))

@@ -19,13 +19,13 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
-from stagingd.formats import Quantization
+from stagingd.formats import EngineDevice, Quantization
 from stagingd_vllm.layouts import EXPERTS, LINEAR
 from stagingd_vllm.offline import Worker, derive_offline, worker_config
 from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor
 from stagingd_vllm.schemes import Scheme
 from stagingd_vllm.skeleton import build_skeleton
-from stagingd_vllm.stage_quantization import Device, stage_quantization
+from stagingd_vllm.stage_quantization import stage_quantization
 
 REMEDY = "stage it as it is: its workers quantize it"
 
@@ -82,7 +82,7 @@ def _parameters(path: str, method: str) -> dict[str, Scheme]:
 
 
 def derive_quantization(
-    directory: Path, engine: Worker, quantization: str, staged: Mapping[str, StagedTensor], device: Device
+    directory: Path, engine: Worker, quantization: str, staged: Mapping[str, StagedTensor], device: EngineDevice
 ) -> Quantization:
     """What trainers can quantize so that all workers of an engine copy it. No such configuration may be current.
 

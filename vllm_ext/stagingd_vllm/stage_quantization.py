@@ -5,24 +5,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
 
 from stagingd.boxes import Shape
-from stagingd.formats import QUANTIZED_FROM, Quantization, StageFormat
+from stagingd.formats import QUANTIZED_FROM, EngineDevice, Quantization, StageFormat
 from stagingd_vllm.matrices import Matrix, matrices
 from stagingd_vllm.plan import PlanRefused, ReadPlan, StagedTensor
 from stagingd_vllm.prequantized import FORMATS, misfit
 from stagingd_vllm.scales import Granularity
 from stagingd_vllm.schemes import Scheme
 
-Device = Literal["cuda", "cpu"]
-
 
 def stage_quantization(
     plans: Sequence[ReadPlan],
     schemes: Mapping[str, Scheme],
     staged: Mapping[str, StagedTensor],
-    device: Device = "cuda",
+    device: EngineDevice = "cuda",
 ) -> Quantization:
     """What trainers can quantize so that an engine's workers copy it: every tensor whose bytes fit where they go.
 
