@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -36,16 +34,6 @@ class Shape:
     trains: bool = False
 
 
-FUSED: Final = {
-    "q_proj": "qkv",
-    "k_proj": "qkv",
-    "v_proj": "qkv",
-    "o_proj": "o",
-    "gate_proj": "gate_up",
-    "up_proj": "gate_up",
-    "down_proj": "down",
-}
-
 SHAPES: Final = {
     "8B": Shape("llama3", "8B", trains=True),
     "30B-A3B": Shape("qwen3", "30B-A3B"),
@@ -73,16 +61,6 @@ class Sharded:
     def staged_bytes(self) -> int:
         """Of all ranks' parameters in bf16."""
         return sum(parameter.numel() for parameter in self.module.parameters()) * torch.bfloat16.itemsize
-
-
-def scale_groups(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
-    """The linear layers among a model's tensors, by their Hugging Face names, as vLLM fuses them."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in sorted(names):
-        block, _, layer = name.removesuffix(".weight").rpartition(".")
-        if layer in FUSED:
-            groups[f"{block}.{FUSED[layer]}"].append(name)
-    return tuple(map(tuple, groups.values()))
 
 
 def build(shape: Shape, mesh: DeviceMesh) -> Sharded:

@@ -25,11 +25,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from benchmarks.flush_case import FLUSHES_PER_STEP, Case, Found
-from benchmarks.flush_model import SHAPES, Sharded, build, scale_groups
+from benchmarks.flush_model import SHAPES, Sharded, build
+from benchmarks.scale_groups import quantization
 from stagingd.boxes import Box
 from stagingd.catalog import Catalog
 from stagingd.format_scales import scales
-from stagingd.formats import EngineDevice, Quantization
+from stagingd.formats import Quantization
 from stagingd.moments import FIELD_BYTES, FIELDS, Grid, cells_of
 from stagingd.segment import SHARED_MEMORY
 
@@ -133,10 +134,7 @@ class Rank:
         }
         everybodys: list[set[str]] = [set() for _ in range(self._case.ranks)]
         dist.all_gather_object(everybodys, names)
-        device: EngineDevice = "cuda" if self._cuda else "cpu"
-        return Quantization(
-            format=self._case.stage_format, device=device, groups=scale_groups(set().union(*everybodys))
-        )
+        return quantization(self._case.stage_format, set().union(*everybodys), "cuda" if self._cuda else "cpu")
 
     # Ceilings
 

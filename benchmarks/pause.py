@@ -33,6 +33,7 @@ from benchmarks.read import NOT_RELOADED
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
 from benchmarks.staged import Staged, Trainer, served, staging
+from stagingd.formats import StageFormat
 
 PROMPT = [1, 5, 9, 7]
 REPEATS = 3
@@ -175,7 +176,7 @@ async def measure(
     async def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
         return checked(await llm.collective_rpc(method, kwargs=arguments))
 
-    label = f"{model}, {mode}, TP {ranks}"
+    label = stages.label(model, mode, ranks)
     found: list[Row] = []
     try:
         follower = Follower(llm, model, socket=stages.socket, prefetch_gib=gib, cache=Cache.KEEP)
@@ -192,7 +193,7 @@ async def measure(
                 found += await beside(llm, follower, trainer.newest, f"{label}, batch {batch}", batch, tokens, aim)
             middle = batches[len(batches) // 2]
             found += await published(llm, follower, trainer, f"{label}, batch {middle}", middle, tokens)
-            if torch.cuda.is_available() and mode not in NOT_RELOADED:
+            if torch.cuda.is_available() and mode not in NOT_RELOADED and stages.stage_format is None:
                 times = await ask("stagingd_reload", times=3)
                 reloaded = max(statistics.median(rank["seconds"]) for rank in times)
                 found.append(Row(f"{label}: vLLM's layerwise reload, which stops it", reloaded * 1e3, "ms", "lower"))
@@ -211,6 +212,9 @@ def pause(
     model: Annotated[str, typer.Option(help=f"Which: {', '.join(SIZES)}.")] = "8B",
     tensor_parallel: Annotated[list[int] | None, typer.Option(min=1, help="Ranks of an engine. [default: 1]")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="vLLM's quantizations. [default: fp8_per_tensor]")] = None,
+    stage_format: Annotated[
+        StageFormat | None, typer.Option("--format", help="What the trainer makes of linear layers. [default: bf16]")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Requests at a time. [default: 8, 64, 256]")] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens that each request generates.")] = 512,
     prefetch_gib: Annotated[float, typer.Option(help="Memory for prefetching on each GPU.")] = 20.0,
@@ -220,9 +224,16 @@ def pause(
     """Measure what updates cost an engine that generates."""
     sizes, modes, batches = tensor_parallel or [1], mode or ["fp8_per_tensor"], batch or [8, 64, 256]
     console = Console(width=140)
-    around = surroundings(model=model, modes=modes, tensor_parallel=sizes, batches=batches, tokens=tokens)
+    around = surroundings(
+        model=model,
+        modes=modes,
+        tensor_parallel=sizes,
+        format=stage_format or "bf16",
+        batches=batches,
+        tokens=tokens,
+    )
     found: list[Row] = []
-    with served() as stages, staging(model, stages) as trainer:
+    with served(stage_format) as stages, staging(model, stages) as trainer:
         for ranks, some in itertools.product(sizes, modes):
             found += asyncio.run(measure(model, ranks, some, stages, trainer, batches, tokens, prefetch_gib))
             report = Report("pause", machine_slug(machine), around, found)

@@ -21,9 +21,11 @@ from stagingd_vllm.answers import checked
 
 from benchmarks.command import run_command
 from benchmarks.engine import options, refuse_inexact
+from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
 from benchmarks.staged import Staged, staged
+from stagingd.formats import StageFormat
 
 MIB = 2**20
 NOT_RELOADED = {"fp8_per_block": "it recurses without end in per_block_cast_to_fp8"}
@@ -40,7 +42,7 @@ def measure(model: str, ranks: int, mode: str, stages: Staged, updates: int, rel
 
     folder = stages.folder / model
     llm = LLM(**options(folder, mode, ranks, batches=[8], tokens=256, share=0.8))
-    label = f"{model}, {mode}, TP {ranks}"
+    label = stages.label(model, mode, ranks)
     try:
 
         def ask(method: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -97,6 +99,9 @@ def read(
     model: Annotated[list[str] | None, typer.Option(help=f"Which: {', '.join(SIZES)}. [default: 8B]")] = None,
     tensor_parallel: Annotated[list[int] | None, typer.Option(min=1, help="Ranks of an engine. [default: 1]")] = None,
     mode: Annotated[list[str] | None, typer.Option(help="vLLM's quantizations, or bfloat16.")] = None,
+    stage_format: Annotated[
+        StageFormat | None, typer.Option("--format", help="What the trainer makes of linear layers. [default: bf16]")
+    ] = None,
     updates: Annotated[int, typer.Option(min=1, help="Timed updates.")] = 7,
     reloads: Annotated[int, typer.Option(min=0, help="Timed reloads by vLLM itself.")] = 0,
     machine: Annotated[str | None, typer.Option(help="The machine's name in the report.")] = None,
@@ -105,9 +110,18 @@ def read(
     """Measure how versions get into the live weights of vLLM engines on this machine."""
     models, modes, sizes = model or ["8B"], mode or ["fp8_per_tensor"], tensor_parallel or [1]
     console = Console(width=140)
-    around = surroundings(models=models, modes=modes, tensor_parallel=sizes, updates=updates, reloads=reloads)
+    around = surroundings(
+        models=models,
+        modes=modes,
+        tensor_parallel=sizes,
+        format=stage_format or "bf16",
+        updates=updates,
+        reloads=reloads,
+    )
+    if stage_format is not None and reloads:
+        raise BenchmarkFailed("vLLM reloads tensors in bf16 alone", remedy="measure --reloads without --format")
     found: list[Row] = []
-    with staged(models) as stages:
+    with staged(models, stage_format) as stages:
         for name, ranks, some in itertools.product(models, sizes, modes):
             if reloads and some in NOT_RELOADED:
                 console.print(f"{name}, {some}: vLLM's layerwise reload is left out: {NOT_RELOADED[some]}")

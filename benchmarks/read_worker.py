@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from benchmarks.read_check import compare
+from benchmarks.read_model import SIZES
 
 PINNED_BYTES = 2 * 2**30
 CHECKED = 24
@@ -73,11 +74,16 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         """Some parameters, of all bytes and scales, against the stage's tensors."""
         attachment = attachment_of(self)
         plan, live = attachment.receiver.plan, homes(self.get_model())
+        checked = plan.parameters[:: -(-len(plan.parameters) // CHECKED)]
         found = Exactness()
         with attachment.reader.lease() as lease:
-            for name in plan.parameters[:: -(-len(plan.parameters) // CHECKED)]:
+            read = lease.read
+            if attachment.reader.catalog.format is not None:
+                needed = {entry.tensor for entry in plan.entries if entry.region.parameter in checked}
+                read = _made_anew(attachment.reader.catalog.stage, lease.version, needed)
+            for name in checked:
                 entries = [entry for entry in plan.entries if entry.region.parameter == name]
-                found += compare(live[name], plan.shapes[name], entries, lease.read)
+                found += compare(live[name], plan.shapes[name], entries, read)
         return dataclasses.asdict(found) | {"exact": found.exact}
 
     @answering
@@ -99,6 +105,13 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         before = _reset(device)
         seconds = [_timed(device, reload) for _ in range(times)]
         return {"seconds": seconds, "device_bytes": _peak(device) - before}
+
+
+def _made_anew(model: str, version: int, needed: Collection[str]) -> Callable[[str], torch.Tensor]:
+    """What a trainer has quantized, as it was before: its random numbers are those of any device of the same kind."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = {name: tensor for name, tensor in SIZES[model].tensors(version, device) if name in needed}
+    return tensors.__getitem__
 
 
 def _apply(attachment: Attachment) -> None:
