@@ -153,6 +153,24 @@ def test_a_rank_that_gives_up_ends_the_waiting_of_the_others(daemon: RunningDaem
         publish(stages, 2, weights(2))
 
 
+def test_who_waits_for_a_version_waits_longer_than_the_exchange_of_moments_may_take(
+    daemon: RunningDaemon, stage_name: str
+) -> None:
+    quantization = Quantization(format=StageFormat.FP8_PER_CHANNEL, device="cpu", groups=(("w",),))
+    deadlines = []
+    for number, option in enumerate((None, quantization)):
+        name = f"{stage_name}-{number}"
+        with Stage.open(name, rank=0, ranks=1, socket=daemon.socket, quantization=option, timeout_s=7.0) as stage:
+            stage.declare({"w": torch.ones(8, 8)})
+            stage.begin(1)
+            stage.put("w", torch.ones(8, 8))
+            publication = stage.commit()
+            publication.wait()
+            deadlines.append(publication.deadline_s)
+    plain, quantized_too = deadlines
+    assert quantized_too >= plain + 7.0
+
+
 def test_shards_stay_as_they_are_until_the_version_is_committed(daemon: RunningDaemon, stage_name: str) -> None:
     with trainers(daemon, stage_name, StageFormat.FP8_PER_TENSOR) as stages:
         for stage in stages:

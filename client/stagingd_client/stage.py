@@ -241,8 +241,9 @@ class Stage:
                 version=version,
                 rank=self.rank,
             )
-        # A slot, the copies, all ranks' commits: each may take its time, one after the other.
-        deadline_s = 3 * (self.timeout_s + ANSWER_S)
+        # A slot, the copies, all ranks' moments, their commits: each may take its time, one after the other.
+        waits = 3 if self.catalog.format is None else 4
+        deadline_s = waits * (self.timeout_s + ANSWER_S)
         self._current = Publication(version, deadline_s, self._background.submit(self._request_slot, version))
 
     def _request_slot(self, version: int) -> int:
