@@ -57,7 +57,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="hostile messages for the decoders; a live daemon gets a tenth (a full run: 1000000)",
     )
-    parser.addoption("--life-steps", type=int, default=20_000, help="steps of the stateful test of a daemon's life")
+    parser.addoption("--life-steps", type=int, default=13_000, help="steps of the stateful test of a daemon's life")
     parser.addoption("--crash-table", type=Path, metavar="PATH", help="write the table of crash tests as Markdown")
     parser.addoption("--all-cuts", action="store_true", help="compare every model with every layout of trainers")
     parser.addoption("--endurance-versions", type=int, default=160, help="versions of the endurance run")

@@ -96,7 +96,7 @@ def cut_tensors(draw: st.DrawFn) -> tuple[torch.Tensor, list[Box]]:
 
 
 @by_format
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(cut_tensors(), st.sampled_from(["cuda", "cpu", "any"]), st.integers(0, 2**31))
 def test_boxes_are_quantized_to_the_bytes_that_a_reader_makes_of_the_whole_tensor(
     stage_format: StageFormat, tensor: tuple[torch.Tensor, list[Box]], rule: str, seed: int

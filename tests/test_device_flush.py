@@ -154,7 +154,7 @@ def any_shards(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     return shards
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     shards=any_shards(),
     grids=st.sampled_from([ALL_GRIDS, (Grid.TENSOR,), (Grid.BLOCK, Grid.TENSOR), (Grid.ROW,)]),
@@ -182,7 +182,7 @@ def quantization_of(shards: Mapping[str, torch.Tensor], form: StageFormat, toget
     return Quantization(format=form, device="cpu", groups=groups) if names else None
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     shards=any_shards(),
     form=st.sampled_from(list(StageFormat)),

@@ -125,3 +125,29 @@ def test_what_merging_of_scales_rounds_twice_is_off_by_one_step_and_only_in_fuse
             assert all(what.endswith(" bytes") for what in outcome["wrong"]), "scales are those of the fused weight"
             assert all("qkv_proj" in what or "gate_up" in what or "w13" in what for what in outcome["wrong"])
             assert outcome["steps"] == 1
+
+
+QUANTIZED_CASES = [
+    ("qwen3", "fp8_per_tensor", 2, False),
+    ("llama", "fp8_per_block", 1, False),
+    ("qwen3-moe", "fp8_per_channel", 2, True),
+    ("qwen3-moe", "fp8_per_block", 2, False),
+    ("qwen3-moe, fused experts", "fp8_per_tensor", 2, False),
+    ("mixtral", "int8_per_channel_weight_only", 2, False),
+    ("deepseek-v3", "fp8_per_tensor", 2, True),
+]
+
+
+@pytest.mark.parametrize(("model", "mode", "ranks", "expert"), QUANTIZED_CASES)
+def test_every_copied_byte_and_its_scale_is_that_of_vllms_own_loading(
+    asked: Witness, model: str, mode: str, ranks: int, expert: bool
+) -> None:
+    case = {"model": model, "mode": mode, "ranks": ranks, "expert": expert, "cut": "rows of 3 ranks"}
+    outcomes = asked.ask(case | {"quantized": True})
+    assert isinstance(outcomes, list), outcomes
+    assert [what for outcome in outcomes for what in outcome["wrong"]] == []
+    assert len(outcomes) == ranks
+    for outcome in outcomes:
+        assert outcome["schemes"] == [mode]
+        assert outcome["quantized otherwise"] == []
+        assert outcome["copied"]

@@ -53,8 +53,12 @@ def as_json(*arguments: object) -> dict[str, Any]:
     return dict(json.loads(finished.stdout.splitlines()[-1]))
 
 
-def test_the_ranks_plan_is_printed_with_boxes_and_bytes(checkpoint: Path) -> None:
-    finished = run(checkpoint, "--tensor-parallel", 2, "--rank", 1)
+def test_the_ranks_plan_is_printed_and_what_trainers_can_quantize_for_all_ranks_is_written_to_a_file(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "quantization.json"
+    quantizing = ("--quantization", "fp8_per_block", "--engine-device", "cpu", "--quantization-file", file)
+    finished = run(checkpoint, "--tensor-parallel", 2, "--rank", 1, *quantizing)
     assert finished.returncode == 0, finished.stderr[-4000:]
     (row,) = [line for line in finished.stdout.splitlines() if "model.layers.0.self_attn.q_proj.weight" in line]
     half = HEADS * HEAD // 2
@@ -65,6 +69,10 @@ def test_the_ranks_plan_is_printed_with_boxes_and_bytes(checkpoint: Path) -> Non
     assert re.search(
         rf"25 reads of 25 tensors into 19 parameters: [\d,]+ of {staged:,} bytes \(4\d%\)", finished.stdout
     )
+    told = Quantization.model_validate_json(file.read_bytes())
+    assert (told.format, told.device) == ("fp8_per_block", "cpu")
+    # Of two ranks: 64 rows of k, and 160 of gate, up and down, lie across blocks.
+    assert sorted(told.groups) == [(f"model.layers.{layer}.self_attn.o_proj.weight",) for layer in range(2)]
 
 
 def test_shapes_and_a_dtype_stand_for_a_checkpoint(tmp_path: Path) -> None:
@@ -93,17 +101,6 @@ def test_what_no_engine_does_is_one_line(checkpoint: Path, sizes: tuple[object, 
     assert finished.returncode != 0
     assert reason in finished.stderr
     assert "Traceback" not in finished.stderr
-
-
-def test_what_trainers_can_quantize_for_all_ranks_is_written_to_a_file(checkpoint: Path, tmp_path: Path) -> None:
-    file = tmp_path / "quantization.json"
-    options = ("--tensor-parallel", 2, "--quantization", "fp8_per_block", "--engine-device", "cpu")
-    finished = run(checkpoint, *options, "--quantization-file", file)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    told = Quantization.model_validate_json(file.read_bytes())
-    assert (told.format, told.device) == ("fp8_per_block", "cpu")
-    # Of two ranks: 64 rows of k, and 160 of gate, up and down, lie across blocks.
-    assert sorted(told.groups) == [(f"model.layers.{layer}.self_attn.o_proj.weight",) for layer in range(2)]
 
 
 def test_an_engine_that_does_not_quantize_is_one_line_and_no_file(checkpoint: Path, tmp_path: Path) -> None:
