@@ -60,9 +60,10 @@ async def nccl_seconds(model: str, ranks: int, llm: Any) -> float:
             async with asyncio.timeout(UPDATE_S):
                 seconds.append(await _update(model, llm, ours))
         return statistics.median(seconds[1:])
-    except TimeoutError as error:
+    except (TimeoutError, EOFError, ConnectionError) as error:
         raise BenchmarkFailed(
-            f"{model}, TP {ranks}: NCCL took longer than {UPDATE_S:g} s", remedy="the trainer's own words are above"
+            f"{model}, TP {ranks}: NCCL took longer than {UPDATE_S:g} s, or its trainer ended",
+            remedy="the trainer's own words are above",
         ) from error
     finally:
         ours.close()

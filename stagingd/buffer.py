@@ -161,13 +161,8 @@ class DoubleBuffer:
             OutOfOrder: the rank has not begun it, or has measured it already.
         """
         filling = self._begun_by(rank, version, "measures")
-        if rank in filling.measured and not again:
-            raise OutOfOrder(
-                f"rank {rank} measures version {version} twice",
-                remedy="measure a version once per rank",
-                version=version,
-                rank=rank,
-            )
+        if not again:
+            _refuse_twice(rank, version, "measures", filling.measured)
         filling.measured.add(rank)
         self.revision += 1
         if len(filling.measured) == self.ranks:
@@ -190,13 +185,8 @@ class DoubleBuffer:
         if again and version == self.newest_sealed:
             return False
         filling = self._begun_by(rank, version, "commits")
-        if rank in filling.committed and not again:
-            raise OutOfOrder(
-                f"rank {rank} commits version {version} twice",
-                remedy="commit a version once per rank",
-                version=version,
-                rank=rank,
-            )
+        if not again:
+            _refuse_twice(rank, version, "commits", filling.committed)
         filling.committed.add(rank)
         self.revision += 1
         return len(filling.committed) == self.ranks
@@ -455,3 +445,13 @@ def _ranks(ranks: Iterable[int]) -> str:
     numbers = sorted(ranks)
     listed = ", ".join(map(str, numbers))
     return f"rank {listed} is" if len(numbers) == 1 else f"ranks {listed} are"
+
+
+def _refuse_twice(rank: int, version: int, does: str, done: Collection[int]) -> None:
+    if rank in done:
+        raise OutOfOrder(
+            f"rank {rank} {does} version {version} twice",
+            remedy="measure and commit a version once per rank",
+            version=version,
+            rank=rank,
+        )

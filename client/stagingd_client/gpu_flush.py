@@ -301,26 +301,26 @@ class DeviceFlusher:
 
     def _planned(self, puts: Sequence[Put]) -> tuple[Plan, _Tables]:
         """The plan for these shards, its job table filled in and on its way to the device."""
-        shards = _addresses(puts)
-        plan, tables = self._plans.get(_key(puts), (None, None))
+        shards, key = _addresses(puts), _key(puts)
+        plan, tables = self._plans.get(key, (None, None))
         if plan is None or tables is None or not plan.fits(plan.addresses(shards)):
             plan = flush_plan.make(puts, self._owned, self._catalog, self._limit)
             tables = self._tables(plan)
-        _keep(self._plans, _key(puts), (plan, tables))
+        _keep(self._plans, key, (plan, tables))
         self._provide_scratch(plan)
         self._fill_in(plan, tables, shards)
         return plan, tables
 
     def _planned_quantizing(self, puts: Sequence[Put]) -> tuple[Plan, _Tables, _Scales]:
         """The plan by which they are quantized, likewise, and where its scales go."""
-        shards = _addresses(puts)
-        plan, tables, scales = self._quantizing.get(_key(puts), (None, None, None))
+        shards, key = _addresses(puts), _key(puts)
+        plan, tables, scales = self._quantizing.get(key, (None, None, None))
         if plan is None or tables is None or scales is None or not plan.fits(plan.addresses(shards)):
             plan, limits = flush_plan.make_quantizing(puts, self._owned, self._catalog, self._limit)
             tables = self._tables(plan)
             there = self._device.memory(limits.count * 4).view(torch.float32)
             scales = _Scales(limits, there, self._device.host_memory(there))
-        _keep(self._quantizing, _key(puts), (plan, tables, scales))
+        _keep(self._quantizing, key, (plan, tables, scales))
         self._fill_in(plan, tables, shards)
         return plan, tables, scales
 
