@@ -36,6 +36,7 @@ def test_the_demo_holds_all_it_promises() -> None:
     command = [sys.executable, "-m", "stagingd", "demo", "--json"]
     # Without it small functions beside the model are compiled in every worker, which takes longer than all the rest.
     surroundings = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    before = segments()
     run = subprocess.run(command, capture_output=True, text=True, timeout=390, check=False, env=surroundings)
     assert run.returncode == 0, run.stderr
     outcome = json.loads(run.stdout.splitlines()[-1])
@@ -46,4 +47,9 @@ def test_the_demo_holds_all_it_promises() -> None:
     assert outcome["tensor_parallel"] == 2
     assert outcome["trainers"] >= 2
     assert all(size < outcome["bytes_per_version"] for size in outcome["bytes_read_per_rank"])
-    assert not [path for path in SHARED_MEMORY.iterdir() if path.name.startswith("stagingd-demo")]
+    assert segments() <= before
+
+
+def segments() -> set[str]:
+    """Of all demos: one that was killed before this test began may have left its own."""
+    return {path.name for path in SHARED_MEMORY.iterdir() if path.name.startswith("stagingd-demo")}
