@@ -13,6 +13,15 @@ from pathlib import Path
 
 import pytest
 
+ON_ANY_CPU = {
+    # Small functions beside the model are compiled otherwise, in every worker: it takes longer than all the rest.
+    "TORCHDYNAMO_DISABLE": "1",
+    # On processors with AMX these pack weights in an order of their own, which stagingd refuses.
+    "VLLM_DISABLED_KERNELS": "CPUFp8PerTensorScaledMMLinearKernel,CPUFp8BlockScaledMMKernel,"
+    "CPUFp8W8A8ScaledMMLinearKernel,CPUFp8W8A8BlockScaledMMKernel",
+}
+"""What has engines of tests compute by the same kernels, whatever the processor."""
+
 
 @contextmanager
 def engine_environment(folder: Path) -> Iterator[None]:
@@ -31,8 +40,8 @@ def engine_environment(folder: Path) -> Iterator[None]:
         patch.setenv("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", "30")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
-        # Small functions beside the model are compiled otherwise, in every worker: it takes longer than all the rest.
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
+        for name, value in ON_ANY_CPU.items():
+            patch.setenv(name, value)
         patch.syspath_prepend(metadata.parent)
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         yield

@@ -131,6 +131,7 @@ def only_replace(self: Any, layer: Any, w13: Any, w2: Any, w13_scale: Any, w2_sc
 
 
 agreement = Agreement()
+torch.cpu._is_amx_tile_supported = lambda: False  # else latent attention packs what it makes of weights, for AMX
 _custom_ops.scaled_fp8_quant = scaled_fp8_quant
 for module in (fp8, serialized, compressed_linear):
     module.init_fp8_linear_kernel = kernel_of_a_gpu

@@ -248,7 +248,7 @@ def test_latent_attention_over_two_pipeline_stages_takes_versions(
     latent = save_latent_checkpoints(tmp_path, 2)
     with (
         Stage.open("latent", rank=0, ranks=1, socket=daemon.socket) as stage,
-        engine(latent[1], pipeline_parallel_size=2, enforce_eager=False, **FP8) as llm,
+        engine(latent[1], pipeline_parallel_size=2, enforce_eager=False, attention_backend="CPU_MLA", **FP8) as llm,
     ):
         trainer = Trainer(stage, latent)
         loaded = generated(llm)

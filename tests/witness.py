@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from engine_environment import ON_ANY_CPU
 
 from stagingd.errors import StagingError
 
@@ -45,7 +46,7 @@ def witness(script: str, folder: Path) -> Iterator[Witness]:
     """Start a script of this folder; at the end it has to end well."""
     command = [sys.executable, str(Path(__file__).with_name(script)), str(folder)]
     log = folder / "log"
-    surroundings = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
+    surroundings = {**os.environ, **ON_ANY_CPU}
     with log.open("w") as stderr:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=surroundings
