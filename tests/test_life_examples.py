@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -81,7 +82,7 @@ def begun(world: World) -> None:
         all_work(world, [seat for seat in trainers(world) if seat.copying is None], 1)
     for seat in trainers(world):
         assert seat.copying is not None
-        copy(seat, len(seat.copying.left))
+        copy(seat, seat.copying.pieces_left)
 
 
 def restart(world: World) -> None:
@@ -175,6 +176,7 @@ def test_a_lease_that_is_repeated_is_the_same_lease_with_the_same_end(world: Wor
     (reader,) = engine(world, "a")
     attach(world, [reader])
     message = next_request(world, reader)
+    assert message is not None
     work(world, reader, fate=Fate(crash=Crash.UNSENT))
     world.machine.now += 5.0
     world.start_daemon()
@@ -418,7 +420,7 @@ def test_late_copies_into_an_aborted_slot_are_overwritten_before_it_can_be_seale
     world.see_deaths()
     for _ in range(4):
         work(world, other)  # a new process begins and commits the next version in the same slot
-    for piece in pieces:
+    for piece in itertools.chain(*pieces):
         piece.write(stale)  # and rank 0 is not through with the version before
     assert states(world) == [SlotState.FILLING, SlotState.FREE]
     assert publish(world) == 2

@@ -22,6 +22,7 @@ from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.beside import paced
 from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.derived import made_anew, refresh_derived
+from stagingd_vllm.leased import LeasedVersion
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.place import Place, groups_of
@@ -29,7 +30,7 @@ from stagingd_vllm.plan import staged_tensors
 from stagingd_vllm.prefetcher import Prefetcher
 from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
-from stagingd_vllm.receiver import LayoutChanged, LeasedVersion, Receiver, UpdateReport
+from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
@@ -162,15 +163,25 @@ class Attachment:
         self._seen = self._witness.look()
         return report
 
-    def prefetch(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> None:
+    def prefetch(
+        self,
+        *,
+        version: int | None = None,
+        newer_than: int | None = None,
+        early: bool = False,
+        timeout_s: float = 60.0,
+    ) -> None:
         """Begins to read a version beside the engine, and returns: the newest, or as ``update`` chooses.
+
+        With ``early`` one that trainers are still flushing will do, where no complete version will: it is read as it
+        lands, and cannot be swapped in before it is sealed.
 
         Raises:
             NoRoomForShadow: versions are read in place here; why.
             OutOfOrder: one is being prefetched.
         """
         self._require_shadow()
-        self._prefetcher.start(version=version, newer_than=newer_than, timeout_s=timeout_s)
+        self._prefetcher.start(version=version, newer_than=newer_than, early=early, timeout_s=timeout_s)
 
     def prefetched(self) -> int | None:
         """The version that can be swapped in; None while it is read, and when none was asked for.
@@ -215,7 +226,7 @@ class Attachment:
         return self._shadow
 
     def _write_to_shadow(self, lease: LeasedVersion) -> None:
-        self._require_shadow().write(lease.slot, lease.stored)
+        self._require_shadow().write(lease)
 
     @property
     def version(self) -> int | None:

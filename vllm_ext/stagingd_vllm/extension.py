@@ -118,17 +118,23 @@ class StagingdWorkerExtension:
 
     @answering
     def stagingd_prefetch(
-        self: Worker, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
+        self: Worker,
+        version: int | None = None,
+        newer_than: int | None = None,
+        early: bool = False,
+        timeout_s: float = 60.0,
     ) -> Answer:
         """Begins to read a version into memory beside the weights, and returns: the engine goes on generating.
 
-        Which one is chosen as in ``stagingd_update``. To be followed by ``stagingd_prefetched`` and ``stagingd_swap``.
+        Which one is chosen as in ``stagingd_update``. With ``early`` one that trainers are still flushing will do,
+        where no complete version will: it is read as it lands. To be followed by ``stagingd_prefetched`` and
+        ``stagingd_swap``.
 
         Raises:
             OutOfOrder: not attached, or a version is being prefetched.
             NoRoomForShadow: versions are read in place here; why.
         """
-        attachment_of(self).prefetch(version=version, newer_than=newer_than, timeout_s=timeout_s)
+        attachment_of(self).prefetch(version=version, newer_than=newer_than, early=early, timeout_s=timeout_s)
         return {}
 
     @answering

@@ -7,7 +7,8 @@
         async for output in llm.generate(...): ...
 
 Workers read a version beside the engine (``stagingd_prefetch``). The daemon's events say when there is one, and when it
-has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps.
+has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps. With
+``early`` they begin when trainers begin to flush it, and read it as it lands.
 
 Outputs tell in ``weight_versions`` which version made which of their tokens, if vLLM has that (0.32 has, 0.26 has not).
 With ``Cache.KEEP`` and asynchronous scheduling, tokens of the step during which it swaps may bear the later version.
@@ -19,7 +20,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from enum import StrEnum
 from functools import partial
@@ -73,6 +74,10 @@ class Follower:
         prefetch_gib: memory that prefetching may take on each worker's device; without it, versions are read in place.
         cache: what becomes of the keys and values that the weights before made.
         most_behind: generation stops while the engine is more versions than this behind the newest; never by default.
+        early: versions are prefetched while trainers still flush them; it asks for ``prefetch_gib``.
+
+    Raises:
+        OutOfOrder: versions are to be read early, and nothing may be prefetched.
     """
 
     def __init__(
@@ -86,8 +91,12 @@ class Follower:
         prefetch_gib: float = 0.0,
         cache: Cache = Cache.RESET,
         most_behind: int | None = None,
+        early: bool = False,
     ) -> None:
+        if early and prefetch_gib <= 0:
+            raise OutOfOrder("versions are read early into memory of their own", remedy="give prefetch_gib as well")
         self._llm = llm
+        self._early = early
         self._stage = stage
         self._socket = socket
         self._attaching = {"stage": stage, "engine": engine, "scale_rule": scale_rule}
@@ -100,7 +109,7 @@ class Follower:
         self._following = True
         self._taking = asyncio.Lock()
         self._changed = asyncio.Condition()
-        self._sealed = asyncio.Event()
+        self._news = asyncio.Event()
         self._released = asyncio.Event()
         self._read: int | None = None
         self.mode = "in_place"
@@ -233,24 +242,20 @@ class Follower:
                 logger.warning("stage %s: %s", self._stage, error)
                 due = False
             if not due:
-                await _heard(self._sealed)
+                await _heard(self._news)
 
     async def _is_due(self) -> bool:
         """Whether there is a newer version; generation is held back, or let go on, as it is behind."""
-        newest = await self._newest()
+        slots = (await self._status()).slots
+        newest = _newest(slots, SlotState.SEALED, SlotState.FRONT)
         behind = 0 if newest is None or self.version is None else newest - self.version
         if self._most_behind is not None and behind > self._most_behind and self._following:
             await self._hold_back()
         else:
             await self._let_go()
-        return self._following and newest is not None and (self.version is None or behind > 0)
-
-    async def _newest(self) -> int | None:
-        complete = (SlotState.SEALED, SlotState.FRONT)
-        slots = (await self._status()).slots
-        return max(
-            (slot.version for slot in slots if slot.state in complete and slot.version is not None), default=None
-        )
+        if self._early and self.mode == "prefetch":
+            newest = _newest(slots, SlotState.SEALED, SlotState.FRONT, SlotState.FILLING)
+        return self._following and newest is not None and (self.version is None or newest > self.version)
 
     async def _status(self) -> wire.StageStatus:
         report = await asyncio.to_thread(self._connection.request, wire.Status(), wire.StatusReport)
@@ -266,7 +271,7 @@ class Follower:
                 await self._label(version)
         else:
             self._released.clear()
-            await self._ask("stagingd_prefetch", **which)
+            await self._ask("stagingd_prefetch", **which, early=self._early and self._following)
             version = await self._prefetched()
             async with self._cache_handled():
                 await self._swap(version)
@@ -315,8 +320,8 @@ class Follower:
             event = wire.decode_event((await self._events.recv_multipart())[1])
             if event.stage != self._stage:  # one whose name begins like this one's
                 continue
-            if event.event == "sealed":
-                self._sealed.set()
+            if event.event == "sealed" or (self._early and event.event == "begun"):
+                self._news.set()
             elif event.event == "lease_lost":
                 self._read = None
                 self._released.set()
@@ -374,6 +379,11 @@ class Follower:
     async def _close(self) -> None:
         self._events.close(linger=0)
         await asyncio.to_thread(self._connection.close)
+
+
+def _newest(slots: Iterable[wire.SlotStatus], *states: SlotState) -> int | None:
+    """The newest version in one of these states."""
+    return max((slot.version for slot in slots if slot.state in states and slot.version is not None), default=None)
 
 
 def _agreed(answers: list[Answer]) -> int:

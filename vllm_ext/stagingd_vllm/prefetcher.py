@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from stagingd.errors import DeadlineExceeded, OutOfOrder
-from stagingd_vllm.receiver import LeasedVersion
+from stagingd_vllm.leased import LeasedVersion
 
 SLICE_S = 0.5
 """How long the thread waits for a version before it looks whether it is still wanted, in seconds."""
@@ -22,7 +23,16 @@ SHORTEST_S = 0.001
 class Leasing(Protocol):
     """The part of a ``Reader`` that this needs."""
 
-    def lease(self, *, version: int | None, newer_than: int | None, timeout_s: float) -> LeasedVersion: ...
+    def lease(self, *, version: int | None, newer_than: int | None, early: bool, timeout_s: float) -> LeasedVersion: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Which version is asked for."""
+
+    version: int | None
+    newer_than: int | None
+    early: bool
 
 
 class Prefetcher:
@@ -44,12 +54,13 @@ class Prefetcher:
         """Whether a version is being waited for, or read."""
         return self._outcome is not None and not self._outcome.done()
 
-    def start(self, *, version: int | None, newer_than: int | None, timeout_s: float) -> None:
+    def start(self, *, version: int | None, newer_than: int | None, early: bool, timeout_s: float) -> None:
         """Begin to read a version; what is in the shadow is given up.
 
         Args:
             version: exactly this one; the newest, if it is None.
             newer_than: only one that is greater.
+            early: where no complete version will do, one that is being filled will.
             timeout_s: how long to wait until there is one, in seconds.
 
         Raises:
@@ -58,10 +69,11 @@ class Prefetcher:
         self.refuse_while_reading()
         outcome: Future[int] = Future()
         deadline = time.monotonic() + timeout_s
+        which = _Wanted(version, newer_than, early)
 
         def run() -> None:
             try:
-                outcome.set_result(self._read(version, newer_than, deadline))
+                outcome.set_result(self._read(which, deadline))
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where one asks for the outcome
                 outcome.set_exception(error)
 
@@ -112,16 +124,16 @@ class Prefetcher:
                 remedy="look at this worker's device, and restart the engine",
             ) from error
 
-    def _read(self, version: int | None, newer_than: int | None, deadline: float) -> int:
-        with self._leased(version, newer_than, deadline) as lease:
+    def _read(self, which: _Wanted, deadline: float) -> int:
+        with self._leased(which, deadline) as lease:
             self._write(lease)
-        return lease.version
+        return lease.version  # only now: what was read early counts once it has been released
 
-    def _leased(self, version: int | None, newer_than: int | None, deadline: float) -> LeasedVersion:
+    def _leased(self, which: _Wanted, deadline: float) -> LeasedVersion:
         while True:
             left = max(deadline - time.monotonic(), SHORTEST_S)
             try:
-                return self._reader.lease(version=version, newer_than=newer_than, timeout_s=min(left, SLICE_S))
+                return self._reader.lease(**asdict(which), timeout_s=min(left, SLICE_S))
             except DeadlineExceeded:
                 if left <= SLICE_S or self._ending.is_set():
                     raise
