@@ -83,7 +83,6 @@ class Progress:
     def clear(self) -> None:
         """The slot is given up: who reads it early learns so."""
         self._lines[0] = 0
-        self._lines[1:, _ATTEMPT] = 0
 
     # A trainer rank's
 

@@ -206,7 +206,7 @@ def test_hundreds_of_versions_go_live_under_load_and_the_daemon_dies_meanwhile(
 ) -> None:
     async def run(llm: Any) -> None:
         follower = Follower(
-            llm, "paced", socket=patient_daemon.socket, engine="loaded", prefetch_gib=1, cache=Cache.KEEP
+            llm, "paced", socket=patient_daemon.socket, engine="loaded", prefetch_gib=1, cache=Cache.KEEP, early=True
         )
         async with follower, load(llm) as done:
             assert follower.mode == "prefetch"
@@ -272,6 +272,35 @@ def test_an_engine_goes_back_to_the_version_before_and_follows_again(
             follower.follow()
             await follower.reached(13)
             assert await generate(llm, PROMPT, 30) == said[3]
+
+    engine.do(run(engine.llm))
+
+
+def test_a_version_that_is_aborted_while_it_is_read_early_never_goes_live(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        said = {n: await reloaded(llm, trainer.checkpoints[n - 1], PROMPT, 30) for n in (2, 1)}
+        name = "early"
+        follower = Follower(llm, "policy", socket=daemon.socket, engine=name, prefetch_gib=1, early=True)
+
+        def leased() -> set[int]:
+            return {lease.version for lease in daemon.stage("policy").leases if lease.engine == name}
+
+        async with follower:
+            trainer.publish(14, 1)
+            await follower.reached(14)
+            trainer.begin(15, 2)
+            trainer.stage.fence()  # all of it has landed
+            await asyncio.to_thread(eventually, lambda: leased() == {15}, "the engine to begin with version 15")
+            assert await generate(llm, PROMPT, 30) == said[1]
+            trainer.stage.abort()
+            await asyncio.to_thread(eventually, lambda: not leased(), "the engine to be told")
+            assert await generate(llm, PROMPT, 30) == said[1]
+            assert follower.version == 14
+            await asyncio.to_thread(trainer.publish, 16, 2)
+            await follower.reached(16)
+            assert await generate(llm, PROMPT, 30) == said[2]
 
     engine.do(run(engine.llm))
 

@@ -39,7 +39,7 @@ class Stage:
         self.asked: list[float] = []
         self._lost = lost
 
-    def lease(self, *, version: int | None, newer_than: int | None, timeout_s: float) -> Lease:
+    def lease(self, *, version: int | None, newer_than: int | None, early: bool, timeout_s: float) -> Lease:
         self.asked.append(timeout_s)
         if self.version is None:
             raise DeadlineExceeded("no version", remedy="wait")
@@ -70,7 +70,7 @@ def writing() -> Iterator[Writing]:
 
 def started(stage: Stage, writing: Writing, *, version: int | None = None, timeout_s: float = LONG_S) -> Prefetcher:
     prefetcher = Prefetcher(stage, writing)  # type: ignore[arg-type]
-    prefetcher.start(version=version, newer_than=None, timeout_s=timeout_s)
+    prefetcher.start(version=version, newer_than=None, early=False, timeout_s=timeout_s)
     return prefetcher
 
 
@@ -96,7 +96,10 @@ def test_nothing_is_there_before_it_was_asked_for_and_after_it_was_forgotten(wri
 
 def test_one_version_is_read_at_a_time(writing: Writing) -> None:
     prefetcher = started(Stage(), writing)
-    for refused in (lambda: prefetcher.start(version=None, newer_than=None, timeout_s=1.0), prefetcher.forget):
+    for refused in (
+        lambda: prefetcher.start(version=None, newer_than=None, early=False, timeout_s=1.0),
+        prefetcher.forget,
+    ):
         with pytest.raises(OutOfOrder, match="being prefetched"):
             refused()
 
@@ -114,7 +117,7 @@ def test_what_kept_it_from_being_read_is_told_again_and_again_until_the_next_is_
         with pytest.raises(error):
             prefetcher.version(LONG_S)
     stage.version, stage._lost = 8, False
-    prefetcher.start(version=None, newer_than=None, timeout_s=LONG_S)
+    prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
     assert prefetcher.version(LONG_S) == 8
 
 

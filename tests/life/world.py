@@ -441,6 +441,7 @@ class World(Host):
         memory = self.memory_of(seat.stage)
         until = sent + answer.deadline_s
         if answer.attempt is not None:
+            assert message.early, "it has not asked for what is being filled"
             known.early.add(answer.lease)
         seat.reading = Reading(memory, answer.lease, answer.slot, answer.version, until, answer.attempt)
         seat.last_read, seat.returned = answer.version, None
