@@ -143,14 +143,18 @@ class StagingdWorkerExtension:
 
         Returns:
             version: which one can be swapped in; None while it is waited for or read, and when none was asked for.
+            reading: whether it is being read: only then another cannot be asked for.
 
         Raises:
             StagingError: what kept it from being read; the live weights are as they were.
         """
-        return {"version": attachment_of(self).prefetched()}
+        attachment = attachment_of(self)
+        return {"version": attachment.prefetched(), "reading": attachment.reading}
 
     @answering
-    def stagingd_swap(self: Worker, version: int, timeout_s: float = 0.0) -> Answer:
+    def stagingd_swap(
+        self: Worker, version: int, timeout_s: float = 0.0, follow: bool = False, early: bool = False
+    ) -> Answer:
         """Makes live what was prefetched: by one copy inside the device, on all workers or on none.
 
         The engine still has the keys and values that the weights before made of prompts, as after ``stagingd_update``.
@@ -158,6 +162,8 @@ class StagingdWorkerExtension:
         Args:
             version: which one has been prefetched.
             timeout_s: seconds to wait for what is still being read; the engine does not generate meanwhile.
+            follow: then the worker waits for the next version by itself and prefetches that, with ``early`` while
+                trainers still flush it: ``stagingd_prefetch`` need not be called for it.
 
         Returns:
             version, bytes_copied, and the milliseconds that this worker was busy.
@@ -165,7 +171,7 @@ class StagingdWorkerExtension:
         Raises:
             RefusedByAll: a worker does not have it, its layout changed, or it sleeps; nothing was written on any.
         """
-        report = attachment_of(self).swap(version=version, timeout_s=timeout_s)
+        report = attachment_of(self).swap(version=version, timeout_s=timeout_s, follow=follow, early=early)
         return {"version": report.version, "bytes_copied": report.bytes_copied, "milliseconds": report.seconds * 1e3}
 
     @answering

@@ -7,8 +7,9 @@
         async for output in llm.generate(...): ...
 
 Workers read a version beside the engine (``stagingd_prefetch``). The daemon's events say when there is one, and when it
-has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps. With
-``early`` they begin when trainers begin to flush it, and read it as it lands.
+has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps, and
+wait for the next by themselves: one call to the engine for each version. With ``early`` they begin when trainers begin
+to flush it, and read it as it lands.
 
 Outputs tell in ``weight_versions`` which version made which of their tokens, if vLLM has that (0.32 has, 0.26 has not).
 With ``Cache.KEEP`` and asynchronous scheduling, tokens of the step during which it swaps may bear the later version.
@@ -21,7 +22,7 @@ import logging
 import os
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -107,6 +108,8 @@ class Follower:
         self._most_behind = most_behind
         self._held_back = False
         self._following = True
+        self._armed = False
+        """Whether workers have been told to prefetch the next version by themselves."""
         self._taking = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._news = asyncio.Event()
@@ -270,23 +273,48 @@ class Follower:
                 version = (await self._ask("stagingd_update", **which))[0]["version"]
                 await self._label(version)
         else:
-            self._released.clear()
-            await self._ask("stagingd_prefetch", **which, early=self._early and self._following)
-            version = await self._prefetched()
+            version = await self._prefetch(**which)
             async with self._cache_handled():
-                await self._swap(version)
+                await self._swap(version, follow=which.get("version") is None)
         async with self._changed:
             self.version = version
             self._changed.notify_all()
 
-    async def _swap(self, version: int) -> None:
+    async def _prefetch(self, **which: int | None) -> int:
+        """The version that all workers have read, as they were told or, if need be, are told now."""
+        if self._armed and which.get("version") is None:
+            try:
+                return await self._prefetched()
+            except StagingError as error:
+                logger.info("stage %s: %s", self._stage, error)  # such as a version that was aborted
+        elif self._armed:
+            with suppress(StagingError):  # what they read meanwhile is not wanted, whatever becomes of it
+                await self._idle()
+        self._forget_read()
+        await self._ask("stagingd_prefetch", **which, early=self._early and which.get("version") is None)
+        return await self._prefetched()
+
+    async def _idle(self) -> None:
+        """Wait until no worker reads; those that only wait for a version make way by themselves."""
+        leased = [lease for lease in (await self._status()).leases if lease.engine == self._engine]
+        if leased:
+            await self._prefetched()
+
+    def _forget_read(self) -> None:
+        self._armed, self._read = False, None
+        self._released.clear()
+
+    async def _swap(self, version: int, *, follow: bool) -> None:
+        self._forget_read()
+        early = self._early and follow
         try:
             # Both at once: the engine finds the label before it begins another step.
-            swapping = self._ask("stagingd_swap", version=version, timeout_s=NOTICED_S)
+            swapping = self._ask("stagingd_swap", version=version, timeout_s=NOTICED_S, follow=follow, early=early)
             await asyncio.gather(swapping, self._label(version))
         except StagingError:
             await self._label(self.version)
             raise
+        self._armed = follow
 
     async def _label(self, version: int | None) -> None:
         """Have outputs tell that this version made them, where vLLM can."""
@@ -307,7 +335,7 @@ class Follower:
             for _ in range(POLLS if ended else 1):
                 answers = await self._call(self._llm.collective_rpc("stagingd_prefetched"))
                 # While one of them reads, nobody can be asked to prefetch again.
-                if all(answer.get("version", "refused") is not None for answer in answers):
+                if not any(answer.get("reading") for answer in answers) and _are_through(answers):
                     return _agreed(checked(answers))
                 await asyncio.sleep(POLL_S)
         raise DeadlineExceeded(
@@ -384,6 +412,12 @@ class Follower:
 def _newest(slots: Iterable[wire.SlotStatus], *states: SlotState) -> int | None:
     """The newest version in one of these states."""
     return max((slot.version for slot in slots if slot.state in states and slot.version is not None), default=None)
+
+
+def _are_through(answers: list[Answer]) -> bool:
+    """Whether all workers have a version, or one of them could not have it."""
+    refused = any("refused" in answer for answer in answers)
+    return refused or all(answer["version"] is not None for answer in answers)
 
 
 def _agreed(answers: list[Answer]) -> int:
