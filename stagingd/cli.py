@@ -19,6 +19,8 @@ from stagingd import logs, wire
 from stagingd.config import Settings
 from stagingd.connection import Connection
 from stagingd.daemon import Daemon
+from stagingd.doctor import display, examination
+from stagingd.doctor.wanted import Wanted
 from stagingd.errors import StagingError
 from stagingd.supervisor import Supervisor
 
@@ -98,6 +100,30 @@ def drop(stage: str, runtime_dir: RuntimeDir = None) -> None:
     with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd drop") as connection:
         connection.request(wire.Drop(stage=stage), wire.Done)
     typer.echo(f"stage {stage} is gone")
+
+
+@app.command()
+def doctor(
+    size_gib: Annotated[float | None, typer.Option(min=2**-20, help="Size of one version, in GiB.")] = None,
+    stage_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Or that of a whole stage: its segment_bytes in `status --json`.")
+    ] = None,
+    runtime_dir: RuntimeDir = None,
+    strict: Annotated[bool, typer.Option(help="Let warnings end it with exit status 1 too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what would keep this machine from staging weights or slow it down, what that costs, and what to do.
+
+    Exit status 0: fit to run; warnings cost speed or safety and do not count, unless --strict. 1: an error keeps it
+    from running. 2: wrong options or settings.
+    """
+    settings, console = _settings(runtime_dir=runtime_dir), Console(stderr=as_json)
+    with display.progress(console) as say:
+        report = examination.examine(Wanted.of(size_gib, stage_bytes), settings, say)
+    display.show(report, console)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    raise typer.Exit(report.exit_status(strict=strict))
 
 
 @app.command()
