@@ -30,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RuntimeDir = Annotated[Path | None, typer.Option(help="Folder of the sockets. Default: STAGINGD_RUNTIME_DIR.")]
+RuntimeDir = Annotated[
+    Path | None, typer.Option(readable=False, help="Folder of the sockets. Default: STAGINGD_RUNTIME_DIR.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -104,7 +106,7 @@ def drop(stage: str, runtime_dir: RuntimeDir = None) -> None:
 
 @app.command()
 def doctor(
-    size_gib: Annotated[float | None, typer.Option(min=2**-20, help="Size of one version, in GiB.")] = None,
+    size_gib: Annotated[float | None, typer.Option(min=0.001, help="Size of one version, in GiB.")] = None,
     stage_bytes: Annotated[
         int | None, typer.Option(min=1, help="Or that of a whole stage: its segment_bytes in `status --json`.")
     ] = None,
@@ -117,6 +119,8 @@ def doctor(
     Exit status 0: fit to run; warnings cost speed or safety and do not count, unless --strict. 1: an error keeps it
     from running. 2: wrong options or settings.
     """
+    if size_gib is not None and stage_bytes is not None:
+        raise typer.BadParameter("give --size-gib or --stage-bytes, not both")
     settings, console = _settings(runtime_dir=runtime_dir), Console(stderr=as_json)
     with display.progress(console) as say:
         report = examination.examine(Wanted.of(size_gib, stage_bytes), settings, say)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import stat
 from pathlib import Path
@@ -53,6 +54,7 @@ class Access(Record):
         user: their name.
         socket: the control socket's path.
         folder: the runtime folder; None where it does not exist, or cannot be seen.
+        group: the name of the group that the folder is open to.
         above: the nearest folder above it that can be seen.
     """
 
@@ -61,20 +63,28 @@ class Access(Record):
     user: str
     socket: str
     folder: Entry | None
+    group: str | None
     above: Entry
 
 
 def read_access(settings: Settings) -> Access:
     """Read it, on this machine."""
     path = settings.runtime_dir.absolute()
+    folder = read_entry(path, follow=True)
     return Access(
         uid=os.geteuid(),
         groups=tuple(sorted({os.getegid(), *os.getgroups()})),
         user=user_name(),
         socket=str(settings.control_socket),
-        folder=read_entry(path, follow=True),
+        folder=folder,
+        group=_open_to(folder) if folder else None,
         above=next(entry for above in path.parents if (entry := read_entry(above, follow=True)) is not None),
     )
+
+
+def _open_to(folder: Entry) -> str | None:
+    named = (entry.gr_name for entry in grp.getgrall() if entry.gr_gid == folder.gid)
+    return next(named, None) if folder.mode & stat.S_IXGRP else None
 
 
 def read_entry(path: Path, *, follow: bool) -> Entry | None:

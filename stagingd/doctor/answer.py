@@ -8,11 +8,9 @@ import enum
 import os
 import socket
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 
 from stagingd import wire
-from stagingd.config import Settings
 from stagingd.connection import ANSWER_S, Connection
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
 from stagingd.doctor.subject import user_name
@@ -37,6 +35,14 @@ class State(enum.StrEnum):
     SERVES = "serves"
 
 
+class Served(Record):
+    """A stage: its name, its segment's name, and the segment's bytes."""
+
+    name: str
+    segment: str
+    bytes: int
+
+
 class Answer(Record):
     """What came of asking.
 
@@ -46,7 +52,7 @@ class Answer(Record):
         what: the refusal, in its own words.
         pid: the daemon's, as this process sees it; None where it does not.
         uptime_s: since when it serves.
-        stages: bytes of each stage by name.
+        stages: what it serves.
     """
 
     path: str
@@ -54,7 +60,12 @@ class Answer(Record):
     what: str = ""
     pid: int | None = None
     uptime_s: float = 0.0
-    stages: Mapping[str, int] = {}
+    stages: tuple[Served, ...] = ()
+
+    @property
+    def out_of_sight(self) -> bool:
+        """Whether a daemon serves whose process this one does not see."""
+        return self.state is State.SERVES and self.pid is None
 
 
 def ask(path: Path) -> Answer:
@@ -84,7 +95,7 @@ def _ask(path: Path) -> Answer:
         return Answer(path=str(path), state=State.REFUSES, what=error.what)
     except StagingError as error:
         return Answer(path=str(path), state=State.SILENT, what=error.what, pid=_listener(path))
-    stages = {stage.stage: stage.segment_bytes for stage in report.stages}
+    stages = tuple(Served(name=s.stage, segment=s.segment, bytes=s.segment_bytes) for s in report.stages)
     return Answer(path=str(path), state=State.SERVES, pid=_listener(path), uptime_s=report.uptime_s, stages=stages)
 
 
@@ -100,15 +111,15 @@ def _listener(path: Path) -> int | None:
     return pid or None
 
 
-def judge_answer(answer: Answer, settings: Settings) -> Finding:
+def judge_answer(answer: Answer, group: str | None) -> Finding:
     """Whether a client of this user is served.
 
     Args:
         answer: what came of asking.
-        settings: the daemon's.
+        group: whom the folder of the sockets is open to.
     """
     if answer.state is State.SERVES:
-        count = "no stages" if not answer.stages else f"stages: {', '.join(map(_stage, answer.stages.items()))}"
+        count = "no stages" if not answer.stages else f"stages: {', '.join(map(_stage, answer.stages))}"
         pid = f"pid {answer.pid}" if answer.pid else "a process that is not seen from here"
         up = f"up {answer.uptime_s:.0f} s"
         return ok(CHECK, f"{pid} serves {answer.path}, {up}, {count}")
@@ -124,28 +135,38 @@ def judge_answer(answer: Answer, settings: Settings) -> Finding:
                 Remedy(where="if it serves another folder", do="stagingd doctor --runtime-dir DIR"),
             ),
         )
+    if answer.state is State.SILENT:
+        return _judge_silence(answer)
     costs = "clients of this user are refused: trainers cannot declare, and engines cannot attach"
+    remedies = own_pids() if answer.state is State.UNSEEN else _admitted(group)
+    return Finding(check=CHECK, level=Level.ERROR, found=answer.what, costs=costs, remedies=remedies)
+
+
+def _judge_silence(answer: Answer) -> Finding:
+    pid = str(answer.pid or "PID")
     return Finding(
-        check=CHECK, level=Level.ERROR, found=answer.what, costs=costs, remedies=_admitted(answer, settings.group)
+        check=CHECK,
+        level=Level.ERROR,
+        found=answer.what,
+        costs="trainers and engines wait until their deadlines, and fail",
+        remedies=(
+            Remedy(where="if it was stopped", do=f"kill -CONT {pid}"),
+            Remedy(where="to see what it does", do=f"ps -o pid,stat,wchan,etime,args -p {pid}"),
+            Remedy(where="to replace it; no version is lost", do=f"kill -KILL {pid}; stagingd serve"),
+        ),
     )
 
 
-def _stage(stage: tuple[str, int]) -> str:
-    name, size = stage
-    return f"{name} ({size_text(size)})"
+def _stage(stage: Served) -> str:
+    return f"{stage.name} ({size_text(stage.bytes) if stage.segment else 'not yet declared'})"
 
 
-def _admitted(answer: Answer, group: str | None) -> tuple[Remedy, ...]:
-    own = Remedy(where="or a daemon of one's own", do=f"stagingd serve --runtime-dir /tmp/stagingd-{os.getuid()}")
-    if answer.state is State.SILENT:
-        return (
-            Remedy(where="to see what it does", do="journalctl -u stagingd -n 50"),
-            Remedy(where="to replace it; no version is lost", do=f"kill -USR1 {answer.pid or 'PID'}; stagingd serve"),
-        )
-    if answer.state is State.UNSEEN:
-        return own_pids()
+def _admitted(group: str | None) -> tuple[Remedy, ...]:
     member = f"usermod --append --groups {group or 'stagingd'} {user_name()}"
-    return (Remedy(where="as root, then log in anew", do=member), own)
+    return (
+        Remedy(where="as root, then log in anew; the daemon has to run with that --group", do=member),
+        Remedy(where="or a daemon of one's own", do=f"stagingd serve --runtime-dir /tmp/stagingd-{os.getuid()}"),
+    )
 
 
 def own_pids() -> tuple[Remedy, ...]:

@@ -32,7 +32,7 @@ def show(report: Report, console: Console) -> None:
     """Print all findings, and what they come to."""
     for finding in report.findings:
         _show(finding, console)
-    console.print(Text(_verdict(report), style="bold"))
+    console.print(Text(_verdict(report), style="bold"), soft_wrap=True)
 
 
 def _show(finding: Finding, console: Console) -> None:

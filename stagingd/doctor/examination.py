@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from stagingd.config import Settings
-from stagingd.doctor.access import judge_folder, judge_group, read_access
+from stagingd.doctor.access import Access, judge_folder, judge_group, read_access
 from stagingd.doctor.answer import Answer, State, ask, judge_answer
+from stagingd.doctor.cgroups import tightest_limit
 from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, Report, ok
 from stagingd.doctor.gpu_process import GpuCheckFailed, torch_is_installed, try_gpus
@@ -20,8 +21,8 @@ from stagingd.doctor.numa import judge_numa, read_nodes
 from stagingd.doctor.pages import judge_huge_pages, judge_swap, read_pages
 from stagingd.doctor.pci import PciGpu, read_gpus
 from stagingd.doctor.process import judge_descriptors, judge_namespace
-from stagingd.doctor.room import judge_room, read_room
-from stagingd.doctor.shared import judge_segments, judge_shared, read_shared
+from stagingd.doctor.room import judge_group_limit, judge_room, read_room
+from stagingd.doctor.shared import judge_segments, judge_served, judge_shared, read_shared
 from stagingd.doctor.subject import Subject, read_subject
 from stagingd.doctor.wanted import Wanted, size_text
 
@@ -43,15 +44,13 @@ def examine(wanted: Wanted, settings: Settings, say: Say, files: Files | None = 
     answer = ask(settings.control_socket)
     say("looking at memory and permissions")
     subject = read_subject(files, answer.pid)
-    gpus = read_gpus(files)
+    access, gpus = read_access(settings), read_gpus(files)
     findings = [
         _judge_size(wanted),
-        judge_answer(answer, settings),
+        judge_answer(answer, settings.group or access.group),
         *_of_memory(files, subject, settings, wanted),
-        *_of_access(files, answer, settings),
-        judge_namespace(subject, settings.heartbeat_s),
-        judge_descriptors(subject),
-        *judge_numa(read_nodes(files), gpus, subject),
+        *_of_access(files, access, answer, settings),
+        *(_out_of_sight() if answer.out_of_sight else _of_process(files, subject, settings, wanted, gpus)),
         *judge_installed(read_installed(files)),
     ]
     say("trying GPUs: each registers shared memory, and copies to it and from it")
@@ -80,22 +79,44 @@ def _of_memory(files: Files, subject: Subject, settings: Settings, wanted: Wante
     mounts = read_mounts(files)
     pages = read_pages(files, mounts)
     return [
-        judge_locking(subject, wanted, lock_memory=settings.lock_memory),
-        *judge_room(read_room(files, mounts, subject), subject, wanted),
+        *judge_room(read_room(files), subject, wanted),
         judge_huge_pages(pages, wanted),
         judge_swap(pages, lock_memory=settings.lock_memory),
     ]
 
 
-def _of_access(files: Files, answer: Answer, settings: Settings) -> list[Finding]:
-    access, served = read_access(settings), answer.state is State.SERVES
+def _of_process(
+    files: Files, subject: Subject, settings: Settings, wanted: Wanted, gpus: list[PciGpu]
+) -> list[Finding]:
+    return [
+        judge_locking(subject, wanted, lock_memory=settings.lock_memory),
+        judge_group_limit(tightest_limit(files, read_mounts(files), subject.groups), subject, wanted),
+        judge_namespace(subject, settings.heartbeat_s),
+        judge_descriptors(subject),
+        *judge_numa(read_nodes(files), gpus, subject),
+    ]
+
+
+def _out_of_sight() -> list[Finding]:
+    found = Finding(
+        check="limits",
+        level=Level.NOTE,
+        found="those of the daemon that serves cannot be read from this pid namespace",
+        costs="its limits on locked memory, memory and descriptors, and its NUMA nodes, were not held against anything",
+        remedies=(Remedy(where="beside the daemon, in its container or on the host", do="stagingd doctor"),),
+    )
+    return [found]
+
+
+def _of_access(files: Files, access: Access, answer: Answer, settings: Settings) -> list[Finding]:
+    served = answer.state is State.SERVES
     shared = read_shared(files, read_mounts(files), settings)
     group = (settings.group, settings.group_id) if settings.group else None
     return [
         judge_folder(access, served=served),
         judge_group(access, group, served=served),
         judge_shared(shared),
-        judge_segments(shared, settings, access.uid, served=served),
+        judge_served(shared, answer) if served else judge_segments(shared, settings, access.uid),
     ]
 
 

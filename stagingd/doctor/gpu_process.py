@@ -47,12 +47,14 @@ def try_gpus(command: Sequence[str] | None = None, deadline_s: float = DEADLINE_
         deadline_s: when it is killed, in seconds.
 
     Raises:
-        GpuCheckFailed: it took too long, ended by a signal, or did not report; the message has its last words.
+        GpuCheckFailed: it did not start, took too long, ended by a signal, or did not report; with its last words.
     """
     run = command or [sys.executable, "-m", MODULE, "--deadline-s", str(int(deadline_s))]
-    process = subprocess.Popen(
-        run, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-    )
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(run, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, errors="replace")
+    except OSError as error:
+        raise _failed(f"does not start: {error.strerror}", "") from error
     try:
         said, complained = process.communicate(timeout=deadline_s + _GRACE_S)
     except subprocess.TimeoutExpired:

@@ -79,7 +79,10 @@ def _small(found: str, wanted: Wanted, *remedies: Remedy) -> Finding:
 
 def _remount() -> tuple[Remedy, ...]:
     return (
-        Remedy(where="as root, until the next boot", do="mount -o remount,huge=always /dev/shm"),
+        Remedy(
+            where="as root (of the host, for a container), until the next boot",
+            do="mount -o remount,huge=always /dev/shm",
+        ),
         Remedy(where="for ever, a line of /etc/fstab", do="tmpfs /dev/shm tmpfs nosuid,nodev,huge=always 0 0"),
     )
 

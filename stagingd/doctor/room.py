@@ -7,10 +7,9 @@ from __future__ import annotations
 import math
 import os
 
-from stagingd.doctor.cgroups import GroupLimit, tightest_limit
+from stagingd.doctor.cgroups import GroupLimit
 from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
-from stagingd.doctor.mounts import Mount
 from stagingd.doctor.subject import Place, Subject
 from stagingd.doctor.wanted import Wanted, largest_version, size_text
 from stagingd.record import Record
@@ -20,7 +19,7 @@ MEMORY, SHARED, GROUP = "room in memory", "room in /dev/shm", "memory limit"
 CONTAINER_SHM_BYTES = 64 * 2**20
 """What container runtimes give /dev/shm when they are not told otherwise."""
 
-_SMALLER = Remedy(where="in the trainers", do='Stage.open("policy", quantization="policy.json")  # half the bytes')
+_HALF = Remedy(where="in the trainers, for half the bytes", do='Stage.open("policy", quantization="policy.json")')
 
 
 class SharedMemory(Record):
@@ -36,20 +35,17 @@ class Room(Record):
     Attributes:
         available: what the kernel says can be had without swapping; None where it does not say.
         shared_memory: /dev/shm; None where there is none.
-        group: the tightest limit of the process's control groups; None where there is none.
     """
 
     available: int | None
     shared_memory: SharedMemory | None
-    group: GroupLimit | None
 
 
-def read_room(files: Files, mounts: list[Mount], subject: Subject) -> Room:
+def read_room(files: Files) -> Room:
     """Read what is free now; what stages that stand already use is not."""
     return Room(
         available=read_meminfo(files).get("MemAvailable"),
         shared_memory=_shared_memory(files),
-        group=tightest_limit(files, mounts, subject.groups),
     )
 
 
@@ -68,9 +64,8 @@ def _shared_memory(files: Files) -> SharedMemory | None:
 
 
 def judge_room(room: Room, subject: Subject, wanted: Wanted) -> list[Finding]:
-    """Each of the three against two versions."""
-    findings = [_judge_memory(room.available, wanted), _judge_shared(room.shared_memory, subject, wanted)]
-    return [*findings, _judge_group(room.group, subject, wanted)]
+    """Each of them against two versions."""
+    return [_judge_memory(room.available, wanted), _judge_shared(room.shared_memory, subject, wanted)]
 
 
 def _judge_memory(available: int | None, wanted: Wanted) -> Finding:
@@ -86,7 +81,7 @@ def _judge_memory(available: int | None, wanted: Wanted) -> Finding:
         remedies=(
             Remedy(where="to see who has the memory", do="ps -eo rss,pid,user,args --sort=-rss | head"),
             Remedy(where="to give stages back that nobody uses", do="stagingd drop NAME"),
-            _SMALLER,
+            *((_HALF,) if available >= wanted.stage_bytes / 2 else ()),
         ),
     )
 
@@ -131,7 +126,14 @@ def _enlarge(shared: SharedMemory, subject: Subject, wanted: Wanted) -> tuple[Re
     )
 
 
-def _judge_group(group: GroupLimit | None, subject: Subject, wanted: Wanted) -> Finding:
+def judge_group_limit(group: GroupLimit | None, subject: Subject, wanted: Wanted) -> Finding:
+    """The limit of control groups against two versions.
+
+    Args:
+        group: the tightest of those that the process is in.
+        subject: the process.
+        wanted: the two versions.
+    """
     if group is None:
         return ok(GROUP, f"no control group of {subject.who} limits its memory")
     of = f"{size_text(group.room)} left of the {size_text(group.limit)} of {group.file}"

@@ -10,6 +10,7 @@ from typing import Final
 
 from stagingd.config import Settings
 from stagingd.doctor.access import Entry, read_entry
+from stagingd.doctor.answer import Answer
 from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
 from stagingd.doctor.mounts import Mount, mounted_at
@@ -27,12 +28,14 @@ class Shared(Record):
     Attributes:
         folder: itself; None where it does not exist.
         kind: which kind of file system is mounted there; None where none is.
+        names: of all that is in it.
         segments: what has the daemon's prefix.
         held: the inodes that some process has locked as its own.
     """
 
     folder: Entry | None
     kind: str | None
+    names: frozenset[str]
     segments: tuple[Entry, ...]
     held: frozenset[int]
 
@@ -41,10 +44,12 @@ def read_shared(files: Files, mounts: Sequence[Mount], settings: Settings) -> Sh
     """Read it."""
     path, prefix = files.root / "dev/shm", settings.segment_prefix.lstrip("/")
     mount = mounted_at(list(mounts), "/dev/shm")
-    found = [read_entry(path / name, follow=False) for name in files.names("dev/shm") if name.startswith(prefix)]
+    names = files.names("dev/shm")
+    found = [read_entry(path / name, follow=False) for name in names if name.startswith(prefix)]
     return Shared(
         folder=read_entry(path, follow=True),
         kind=mount.kind if mount else None,
+        names=frozenset(names),
         segments=tuple(entry for entry in found if entry is not None),
         held=frozenset(_held(files)),
     )
@@ -82,19 +87,35 @@ def _refused(found: str, remedy: Remedy) -> Finding:
     return Finding(check=FOLDER, level=Level.ERROR, found=found, costs=costs, remedies=(remedy,))
 
 
-def judge_segments(shared: Shared, settings: Settings, uid: int, *, served: bool) -> Finding:
-    """Whose the segments under the daemon's prefix are.
+def judge_served(shared: Shared, answer: Answer) -> Finding:
+    """Whether the segments of the daemon that serves are to be found here, and not in another container's /dev/shm."""
+    declared = [stage.segment for stage in answer.stages if stage.segment]
+    missing = [name for name in declared if name.lstrip("/") not in shared.names]
+    if not missing:
+        return ok(SEGMENTS, f"{len(declared)} of the daemon that serves, all of which are here")
+    return Finding(
+        check=SEGMENTS,
+        level=Level.ERROR,
+        found=f"the daemon serves {', '.join(missing)}, but this is not in the /dev/shm that is seen from here",
+        costs="trainers and engines here cannot map it: the daemon has a /dev/shm of its own, of another container",
+        remedies=(
+            Remedy(where="docker run, here and for the daemon", do="--ipc=host"),
+            Remedy(where="or for both", do="--volume /dev/shm:/dev/shm"),
+            Remedy(where="in the specification of both pods", do="hostIPC: true"),
+        ),
+    )
+
+
+def judge_segments(shared: Shared, settings: Settings, uid: int) -> Finding:
+    """Whose the segments under the prefix are that a daemon started from here would have.
 
     Args:
         shared: what is there.
         settings: the daemon's.
-        uid: the user who would start a daemon.
-        served: whether a daemon answers: then they are its own.
+        uid: the user who would start it.
     """
     prefix = settings.segment_prefix
     other = Remedy(where="to have names of its own", do="STAGINGD_SEGMENT_PREFIX=/NAME-")
-    if served:
-        return ok(SEGMENTS, f"{len(shared.segments)} of {prefix}* in use")
     foreign = [one for one in shared.segments if one.uid != uid or not stat.S_ISREG(one.mode)]
     if foreign:
         look = Remedy(where="to see whose they are", do=f"ls -l {' '.join(one.path for one in foreign)}")

@@ -17,6 +17,9 @@ from stagingd.record import Record
 INITIAL_PIDS: Final = "pid:[4026531836]"
 """The host's pid namespace: its number is fixed in the kernel (PROC_PID_INIT_INO)."""
 
+_INITIAL: Final = {"pid": INITIAL_PIDS, "uts": "uts:[4026531838]", "ipc": "ipc:[4026531839]"}
+"""Further ones of that kind. A container has another of at least one of them, also with --pid=host and --ipc=host."""
+
 _CONTAINER_MARKS: Final = (".dockerenv", "run/.containerenv")
 _POD_MARK: Final = "var/run/secrets/kubernetes.io"
 _CONTAINER_GROUPS: Final = re.compile(r"docker|libpod|containerd|crio|lxc")
@@ -135,6 +138,11 @@ def _place(files: Files, groups: dict[str, str], unit: str | None) -> Place:
     path = groups.get("memory", groups.get("", ""))
     if files.exists(_POD_MARK) or "kubepods" in path:
         return Place.POD
-    if any(map(files.exists, _CONTAINER_MARKS)) or _CONTAINER_GROUPS.search(path):
+    if _CONTAINER_GROUPS.search(path) or (any(map(files.exists, _CONTAINER_MARKS)) and _apart(files)):
         return Place.CONTAINER
     return Place.UNIT if unit else Place.SHELL
+
+
+def _apart(files: Files) -> bool:
+    """Apart from the host? A virtual machine made from a container's image has the marks too."""
+    return any(files.link(f"proc/self/ns/{kind}") != initial for kind, initial in _INITIAL.items())

@@ -32,7 +32,7 @@ class Wanted(Record):
 
     @classmethod
     def of(cls, size_gib: float | None, stage_bytes: int | None) -> Wanted:
-        """From the size of one version in GiB, or of the whole stage in bytes; from neither, the smallest useful one."""
+        """From one version's size in GiB, or the whole stage's in bytes; from neither, the smallest useful one."""
         if stage_bytes is not None:
             return cls(version_bytes=int(stage_bytes / (2 + 2 * BESIDE_SHARE)), stage_bytes=stage_bytes, given=True)
         version = SMALLEST_BYTES if size_gib is None else math.ceil(size_gib * 2**30)
@@ -49,5 +49,7 @@ def largest_version(room: int) -> int:
 
 
 def size_text(size: int) -> str:
-    """A size in bytes, for people: MiB below one GiB."""
-    return gib(size) if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    """A size in bytes, for people: MiB below one GiB, and KiB below one MiB."""
+    if size >= 2**30:
+        return gib(size)
+    return f"{size / 2**20:.0f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
