@@ -116,8 +116,9 @@ def doctor(
 ) -> None:
     """Tell what would keep this machine from staging weights or slow it down, what that costs, and what to do.
 
-    Exit status 0: fit to run; warnings cost speed or safety and do not count, unless --strict. 1: an error keeps it
-    from running. 2: wrong options or settings.
+    Exit status 0: fit to run. Warnings cost speed or safety and do not count, unless --strict.
+
+    Exit status 1: an error keeps it from running. 2: wrong options or settings.
     """
     if size_gib is not None and stage_bytes is not None:
         raise typer.BadParameter("give --size-gib or --stage-bytes, not both")

@@ -51,7 +51,8 @@ def _address(index: int) -> str:
 
 def _tried(trial: GpuTrial, memory: TrialMemory, copies: int) -> GpuTrial:
     device = torch.device("cuda", trial.index)
-    free, _ = torch.cuda.mem_get_info(device)  # makes the context too, which registering would else be timed with
+    free, _ = torch.cuda.mem_get_info(device)
+    runtime.cudaDeviceSynchronize()  # makes the context, with which registering would else be timed
     with ExitStack() as registered:
         written = _register(memory.written, _WRITTEN, registered)
         read = _register(memory.read, _READ, registered)

@@ -94,7 +94,7 @@ def measure(memory: TrialMemory, device: torch.device, copy: Copy, copies: int) 
         wrong[0] += _different(memory.written, sent.cpu())
         back = ~sent
         from_host.append(size / copy(back, memory.read))
-        wrong[1] += _different(back, sent)
+        wrong[1] += _different(back.cpu(), memory.read)
     return Copies(
         bytes=size,
         to_host=tuple(to_host[1:]),

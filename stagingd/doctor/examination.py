@@ -30,32 +30,42 @@ Say = Callable[[str], None]
 """Told what is being looked at."""
 
 
-def examine(wanted: Wanted, settings: Settings, say: Say, files: Files | None = None) -> Report:
+def examine(wanted: Wanted, settings: Settings, say: Say) -> Report:
     """Look at everything. Refusals become findings; nothing is changed on the machine.
 
     Args:
         wanted: the size that memory is held against.
         settings: the daemon's.
         say: told before each part what it looks at.
-        files: where the machine is read.
     """
-    files = files or Files()
+    files = Files()
     say("asking the daemon")
     answer = ask(settings.control_socket)
     say("looking at memory and permissions")
-    subject = read_subject(files, answer.pid)
-    access, gpus = read_access(settings), read_gpus(files)
-    findings = [
+    findings = examine_host(wanted, settings, answer, files)
+    say("trying GPUs: each registers shared memory, and copies to it and from it")
+    findings += _of_gpus(read_gpus(files), read_subject(files, None), wanted)
+    return Report.of(wanted, tuple(findings))
+
+
+def examine_host(wanted: Wanted, settings: Settings, answer: Answer, files: Files) -> list[Finding]:
+    """All that is read of the machine without trying its GPUs.
+
+    Args:
+        wanted: the size that memory is held against.
+        settings: the daemon's.
+        answer: what came of asking it.
+        files: where the machine is read.
+    """
+    access, subject = read_access(settings), read_subject(files, answer.pid)
+    return [
         _judge_size(wanted),
         judge_answer(answer, settings.group or access.group),
         *_of_memory(files, subject, settings, wanted),
         *_of_access(files, access, answer, settings),
-        *(_out_of_sight() if answer.out_of_sight else _of_process(files, subject, settings, wanted, gpus)),
+        *(_out_of_sight() if answer.out_of_sight else _of_process(files, subject, settings, wanted)),
         *judge_installed(read_installed(files)),
     ]
-    say("trying GPUs: each registers shared memory, and copies to it and from it")
-    findings += _of_gpus(gpus, read_subject(files, None), wanted)
-    return Report.of(wanted, tuple(findings))
 
 
 def _judge_size(wanted: Wanted) -> Finding:
@@ -85,15 +95,13 @@ def _of_memory(files: Files, subject: Subject, settings: Settings, wanted: Wante
     ]
 
 
-def _of_process(
-    files: Files, subject: Subject, settings: Settings, wanted: Wanted, gpus: list[PciGpu]
-) -> list[Finding]:
+def _of_process(files: Files, subject: Subject, settings: Settings, wanted: Wanted) -> list[Finding]:
     return [
         judge_locking(subject, wanted, lock_memory=settings.lock_memory),
         judge_group_limit(tightest_limit(files, read_mounts(files), subject.groups), subject, wanted),
         judge_namespace(subject, settings.heartbeat_s),
         judge_descriptors(subject),
-        *judge_numa(read_nodes(files), gpus, subject),
+        *judge_numa(read_nodes(files), read_gpus(files), subject),
     ]
 
 

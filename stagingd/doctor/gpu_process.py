@@ -24,7 +24,7 @@ BY_HAND: Final = f"{sys.executable} -m {MODULE}"
 DEADLINE_S: Final = 180.0
 """For all GPUs: importing torch from a cold disk, a context and some copies for each."""
 
-_GRACE_S: Final = 5.0
+GRACE_S: Final = 5.0
 """How long a killed process may take to go: one that the driver holds stays."""
 
 
@@ -56,7 +56,7 @@ def try_gpus(command: Sequence[str] | None = None, deadline_s: float = DEADLINE_
     except OSError as error:
         raise _failed(f"does not start: {error.strerror}", "") from error
     try:
-        said, complained = process.communicate(timeout=deadline_s + _GRACE_S)
+        said, complained = process.communicate(timeout=deadline_s + GRACE_S)
     except subprocess.TimeoutExpired:
         raise _failed(f"did not end within {deadline_s:.0f} s{_killed(process)}", "") from None
     finally:
@@ -74,7 +74,7 @@ def try_gpus(command: Sequence[str] | None = None, deadline_s: float = DEADLINE_
 def _killed(process: subprocess.Popen[str]) -> str:
     process.kill()
     try:
-        process.wait(_GRACE_S)
+        process.wait(GRACE_S)
     except subprocess.TimeoutExpired:
         return f", and cannot be killed: the driver holds it (pid {process.pid})"
     return ""
