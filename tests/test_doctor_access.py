@@ -71,6 +71,15 @@ def test_a_folder_of_another_user_is_an_error_unless_its_daemon_answers(tmp_path
     assert judge_folder(other, served=True).level is Level.OK
 
 
+def test_a_folder_that_its_owner_may_not_write_to_is_an_error(tmp_path: Path) -> None:
+    found = access(tmp_path)
+    assert found.folder is not None
+    closed = found.model_copy(update={"folder": found.folder.model_copy(update={"writable": False})})
+    judged = judge_folder(closed, served=False)
+    assert judged.level is Level.ERROR
+    assert f"chmod u+rwx {tmp_path}" in commands(judged)
+
+
 def test_a_file_in_the_folders_place_and_a_path_too_long_for_a_socket_are_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "is not a folder" in folder_of(tmp_path / "file").found
@@ -79,10 +88,10 @@ def test_a_file_in_the_folders_place_and_a_path_too_long_for_a_socket_are_errors
 
 def test_a_group_is_refused_where_the_user_is_no_member_or_the_folder_is_closed(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    found = access(tmp_path).model_copy(update={"uid": 1000, "user": "ada", "groups": (1000,)})
+    found = access(tmp_path).model_copy(update={"uid": 1000, "user": "trainer", "groups": (1000,)})
     no_member = judge_group(found, ("weights", 4242), served=False)
     assert no_member.level is Level.ERROR
-    assert "usermod --append --groups weights ada" in commands(no_member)
+    assert "usermod --append --groups weights trainer" in commands(no_member)
     member = found.model_copy(update={"groups": (1000, 4242)})
     closed = judge_group(member, ("weights", 4242), served=False)
     assert closed.level is Level.WARNING

@@ -162,7 +162,7 @@ def test_a_link_that_lost_lanes_is_found_at_work_and_idle(tmp_path: Path) -> Non
     narrow = only(tmp_path, now=("32.0 GT/s PCIe", "8"))
     at_work = judged(tmp_path, report(good_trial(link_at_work=narrow.link)), narrow)["PCIe link: GPU 0"]
     assert at_work.level is Level.WARNING
-    assert "32.0 GT/s x8 while it copied" in at_work.found
+    assert "32.0 GT/s x8 of 32.0 GT/s x16 while it copied" in at_work.found
     assert "2.0 times as long" in at_work.costs
     (_, idle) = judge_untried([narrow])
     assert idle.level is Level.WARNING
@@ -188,11 +188,16 @@ def test_a_refused_registration_keeps_engines_out_and_slows_trainers(tmp_path: P
 
 
 def test_a_trial_that_ends_before_its_time_is_an_error_with_its_reason(tmp_path: Path) -> None:
-    trial = good_trial(problem="CUDA out of memory", written=None, read=None, copies=None, link_at_work=None)
+    trial = good_trial(problem="cudaErrorLaunchFailure", written=None, read=None, copies=None, link_at_work=None)
     found = judged(tmp_path, report(trial), only(tmp_path))
     assert found["trial: GPU 0"].level is Level.ERROR
-    assert "CUDA out of memory" in found["trial: GPU 0"].found
+    assert "cudaErrorLaunchFailure" in found["trial: GPU 0"].found
     assert "registration: GPU 0" not in found
+
+
+def test_a_gpu_whose_memory_others_have_is_a_warning(tmp_path: Path) -> None:
+    trial = good_trial(problem="only 3 MiB of its memory are free", short_of_memory=True, copies=None)
+    assert judged(tmp_path, report(trial), only(tmp_path))["trial: GPU 0"].level is Level.WARNING
 
 
 def test_a_machine_without_gpus_is_a_note(tmp_path: Path) -> None:
@@ -221,37 +226,53 @@ def test_gpus_that_torch_does_not_see_are_named(tmp_path: Path, told: GpuReport,
     assert found["GPUs"].level is level
     assert FIRST in found["GPUs"].found
     assert remedy in commands(found["GPUs"])
-    assert f"PCIe link: {FIRST}" in found
+    assert f"PCIe link: GPU {FIRST}" in found
 
 
-def numa(root: Path, allowed: str, *gpus: dict[str, str], cgroup: str = "0::/user.slice", cpus: str = "0-3") -> Finding:
+BOTH = gpu(FIRST, 0), gpu(SECOND, 1, port_address="0000:80:01.0")
+
+
+def numa(root: Path, allowed: str, *gpus: dict[str, str], cgroup: str = "0::/user.slice", cpus: str = "0-7") -> Finding:
     files = machine(root, nodes("0-3", "4-7"), process(nodes=allowed, cgroup=cgroup, cpus=cpus), *gpus)
     (found,) = judge_numa(read_nodes(files), read_gpus(files), read_subject(files, None))
     return found
 
 
-def test_a_gpu_at_a_node_that_the_daemon_may_not_use_is_a_warning_that_names_both(tmp_path: Path) -> None:
-    found = numa(tmp_path, "0", gpu(FIRST, 0), gpu(SECOND, 1, port_address="0000:80:01.0"))
+def test_a_gpu_at_a_node_whose_memory_the_daemon_may_not_have_is_a_warning_that_names_it(tmp_path: Path) -> None:
+    found = numa(tmp_path, "0", *BOTH)
     assert found.level is Level.WARNING
     assert f"{SECOND} (node 1)" in found.found
     assert FIRST not in found.found
     assert "systemctl enable --now stagingd@1" in commands(found)
     assert "NUMAMask=1" in commands(found)
     assert "STAGINGD_RUNTIME_DIR=/run/stagingd-1" in commands(found)
+    assert "numactl --interleave" not in commands(found)
+
+
+def test_a_gpu_at_a_node_that_the_daemon_does_not_run_on_is_a_warning_too(tmp_path: Path) -> None:
+    found = numa(tmp_path, "0-1", *BOTH, cpus="0-3")
+    assert found.level is Level.WARNING
+    assert f"{SECOND} (node 1)" in found.found
+    assert "numactl --interleave=all stagingd serve" in commands(found)
+
+
+def test_of_several_daemons_one_for_each_node_none_is_warned_of(tmp_path: Path) -> None:
+    found = numa(tmp_path, "0-1", *BOTH, cpus="0-3", cgroup="0::/system.slice/stagingd@0.service")
+    assert found.level is Level.NOTE
 
 
 def test_gpus_at_the_one_node_that_the_daemon_uses_are_no_finding(tmp_path: Path) -> None:
-    assert numa(tmp_path, "0", gpu(FIRST, 0)).level is Level.OK
+    assert numa(tmp_path, "0-1", gpu(FIRST, 0), cpus="0-3").level is Level.OK
 
 
-def test_a_daemon_that_may_use_all_nodes_is_told_to_spread_its_pages_unless_its_unit_does(tmp_path: Path) -> None:
-    gpus = gpu(FIRST, 0), gpu(SECOND, 1, port_address="0000:80:01.0")
-    by_hand = numa(tmp_path / "a", "0-1", *gpus)
+def test_a_daemon_that_runs_on_all_nodes_is_told_to_spread_its_pages_unless_its_unit_does(tmp_path: Path) -> None:
+    by_hand = numa(tmp_path / "a", "0-1", *BOTH)
     assert by_hand.level is Level.NOTE
-    assert "one of node 0" in by_hand.found
     assert "numactl --interleave=all stagingd serve" in commands(by_hand)
-    unit = numa(tmp_path / "b", "0-1", *gpus, cgroup="0::/system.slice/stagingd.service")
-    assert unit.level is Level.OK
+    unit = "0::/system.slice/stagingd.service"
+    assert numa(tmp_path / "b", "0-1", *BOTH, cgroup=unit).level is Level.OK
+    assert numa(tmp_path / "c", "0-1", *BOTH, cgroup=unit, cpus="0-3").level is Level.OK
+    assert numa(tmp_path / "d", "0-1").level is Level.OK
 
 
 def test_a_node_that_the_firmware_does_not_tell_is_a_note_on_machines_with_several(tmp_path: Path) -> None:

@@ -37,9 +37,17 @@ def try_gpu(index: int, memory: TrialMemory, copies: int) -> GpuTrial:
     with torch.cuda.device(index):
         trial = GpuTrial(index=index, name=torch.cuda.get_device_name(index), address=_address(index))
         try:
-            return _tried(trial, memory, copies)
+            free, _ = torch.cuda.mem_get_info(index)
+            runtime.cudaDeviceSynchronize()  # makes the context, with which registering would else be timed
         except RuntimeError as error:  # how torch tells of CUDA's errors
-            return trial.model_copy(update={"problem": str(error).splitlines()[0]})
+            return _ended(trial, error)
+        return _tried(trial, memory, memory.first(min(memory.written.numel(), free // 4)), copies)
+
+
+def _ended(trial: GpuTrial, error: RuntimeError) -> GpuTrial:
+    # Only torch's own allocator has a type for it; a context that finds no room has not.
+    short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    return trial.model_copy(update={"problem": str(error).splitlines()[0], "short_of_memory": short})
 
 
 def _address(index: int) -> str:
@@ -49,25 +57,28 @@ def _address(index: int) -> str:
     return str(address.partition(b"\0")[0].decode()).lower()
 
 
-def _tried(trial: GpuTrial, memory: TrialMemory, copies: int) -> GpuTrial:
-    device = torch.device("cuda", trial.index)
-    free, _ = torch.cuda.mem_get_info(device)
-    runtime.cudaDeviceSynchronize()  # makes the context, with which registering would else be timed
+def _tried(trial: GpuTrial, memory: TrialMemory, copied: TrialMemory, copies: int) -> GpuTrial:
+    """Register all of the memory, and copy as much as the device has room for."""
     with ExitStack() as registered:
         written = _register(memory.written, _WRITTEN, registered)
         read = _register(memory.read, _READ, registered)
         trial = trial.model_copy(update={"written": written, "read": read})
         if written.problem or read.problem:
             return trial  # what is copied without it says nothing of the link
-        room = min(memory.written.numel(), free // 4)  # four pieces of it are on the device at a time
-        if room < LEAST_BYTES:
-            return trial.model_copy(
-                update={"problem": f"{free / 2**20:.0f} MiB of its memory are free, too few to copy"}
-            )
-        part = memory.first(room)
-        found = measure(part, device, _copy, copies)
-        link = _link_at_work(part, device, trial.address)
-        return trial.model_copy(update={"copies": found, "link_at_work": link})
+        return _copied(trial, copied, copies)
+
+
+def _copied(trial: GpuTrial, memory: TrialMemory, copies: int) -> GpuTrial:
+    device, size = torch.device("cuda", trial.index), memory.written.numel()
+    if size < LEAST_BYTES:
+        problem = f"only {4 * size / 2**20:.0f} MiB of its memory are free"
+        return trial.model_copy(update={"problem": problem, "short_of_memory": True})
+    try:
+        found = measure(memory, device, _copy, copies)
+        link = _link_at_work(memory, device, trial.address)
+    except RuntimeError as error:
+        return _ended(trial, error)
+    return trial.model_copy(update={"copies": found, "link_at_work": link})
 
 
 def _register(memory: torch.Tensor, flags: int, registered: ExitStack) -> Registration:

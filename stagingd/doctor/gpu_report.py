@@ -50,6 +50,7 @@ class GpuTrial(Record):
         copies: None where no memory could be registered.
         link_at_work: the link while copies ran; None where the machine does not show the device.
         problem: what ended the trial of this GPU before its time.
+        short_of_memory: whether that was because others have its memory.
     """
 
     index: int
@@ -60,6 +61,7 @@ class GpuTrial(Record):
     copies: Copies | None = None
     link_at_work: Link | None = None
     problem: str | None = None
+    short_of_memory: bool = False
 
 
 class GpuReport(Record):

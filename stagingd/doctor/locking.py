@@ -35,11 +35,15 @@ def judge_locking(subject: Subject, wanted: Wanted, *, lock_memory: bool) -> Fin
         level=Level.ERROR,
         found=found,
         costs="the daemon refuses the stage when trainers declare it",
-        remedies=(*raised_limit(subject, wanted.stage_bytes), WITHOUT_LOCKING),
+        remedies=(
+            *raised_limit(subject, wanted.stage_bytes),
+            *((_SERVICE,) if subject.place is Place.SHELL else ()),
+            Remedy(where="without locking, on a machine that has no swap", do="STAGINGD_LOCK_MEMORY=false"),
+        ),
     )
 
 
-WITHOUT_LOCKING = Remedy(where="without locking, on a machine that has no swap", do="STAGINGD_LOCK_MEMORY=false")
+_SERVICE = Remedy(where="as a service, whose unit sets LimitMEMLOCK=infinity", do="systemctl enable --now stagingd")
 
 
 def raised_limit(subject: Subject, needed: int) -> tuple[Remedy, ...]:
@@ -71,5 +75,4 @@ def raised_limit(subject: Subject, needed: int) -> tuple[Remedy, ...]:
     return (
         Remedy(where="as root, then log in anew", do=f"echo '{line}' >> /etc/security/limits.d/stagingd.conf"),
         Remedy(where="for this shell alone", do="sudo prlimit --memlock=unlimited:unlimited --pid $$"),
-        Remedy(where="as a service, whose unit sets LimitMEMLOCK=infinity", do="systemctl enable --now stagingd"),
     )

@@ -31,60 +31,67 @@ def read_nodes(files: Files) -> list[Node]:
 
 
 def judge_numa(nodes: Sequence[Node], gpus: Sequence[PciGpu], subject: Subject) -> list[Finding]:
-    """Whether the daemon may have memory at the nodes that GPUs are at."""
+    """Whether the daemon has its memory at the nodes that GPUs are at."""
     if len(nodes) < 2:
         return [ok(CHECK, "one")]
-    allowed = set(subject.memory_nodes) or {node.number for node in nodes}
     told = [gpu for gpu in gpus if gpu.node is not None]
-    far = [gpu for gpu in told if gpu.node not in allowed]
-    if far:
-        return [_far(far, allowed, subject)]
     if len(told) < len(gpus):
         return [_not_told([gpu for gpu in gpus if gpu.node is None], nodes)]
-    if not told:
-        return [ok(CHECK, f"{_listed(allowed)}; no GPU is at any")]
-    return [_all_reach(told, nodes, allowed, subject)]
+    near = memory_nodes(nodes, subject)
+    far = [gpu for gpu in told if gpu.node not in near]
+    at = sorted({gpu.node for gpu in told if gpu.node is not None})
+    gpus_at = f", GPUs are at {_listed(at)}" if at else ", no GPU is at any"
+    found = f"{subject.who} has memory of {_listed(near)}{gpus_at}"
+    if far:
+        return [_far(found, far, subject)]
+    if len(near) < 2 or _interleaves(subject) or not at:
+        return [ok(CHECK, found)]
+    return [_unspread(found, at)]
 
 
-def _far(far: Sequence[PciGpu], allowed: set[int], subject: Subject) -> Finding:
+def memory_nodes(nodes: Sequence[Node], subject: Subject) -> set[int]:
+    """The nodes that a process gets memory of: those it may run on, unless its unit spreads its memory over all."""
+    allowed = set(subject.memory_nodes) or {node.number for node in nodes}
+    runs_on = {node.number for node in nodes if set(node.cpus) & set(subject.cpus)}
+    return allowed if _interleaves(subject) else (runs_on & allowed) or allowed
+
+
+def _interleaves(subject: Subject) -> bool:
+    return subject.unit == "stagingd.service"
+
+
+def _far(found: str, far: Sequence[PciGpu], subject: Subject) -> Finding:
     where = ", ".join(f"{gpu.address} (node {gpu.node})" for gpu in far)
+    one_of_several = subject.unit is not None and subject.unit.startswith("stagingd@")
     return Finding(
         check=CHECK,
-        level=Level.WARNING,
-        found=f"{subject.who} may have memory of {_listed(allowed)} only; GPUs elsewhere: {where}",
+        level=Level.NOTE if one_of_several else Level.WARNING,
+        found=f"{found}; elsewhere: {where}",
         costs="what these GPUs copy crosses the link between the processors' sockets, which they all share; the "
-        "measured speed of their copies says how much it takes",
-        remedies=(*_widened(subject), *_one_each(sorted({gpu.node for gpu in far if gpu.node is not None}))),
+        "measured speed of copies tells how much it takes",
+        remedies=(*_widened(far, subject), *_one_each(sorted({gpu.node for gpu in far if gpu.node is not None}))),
     )
 
 
-def _all_reach(gpus: Sequence[PciGpu], nodes: Sequence[Node], allowed: set[int], subject: Subject) -> Finding:
-    at = sorted({gpu.node for gpu in gpus if gpu.node is not None})
-    found = f"GPUs are at {_listed(at)}, and {subject.who} may have memory of {_listed(allowed)}"
-    if set(at) == allowed and len(at) == 1:
-        return ok(CHECK, found)
-    if subject.place is Place.UNIT and subject.unit == "stagingd.service":
-        return ok(CHECK, f"{found}; its unit spreads pages over all nodes")
-    running = {node.number for node in nodes if set(node.cpus) & set(subject.cpus)}
+def _unspread(found: str, at: Sequence[int]) -> Finding:
     return Finding(
         check=CHECK,
         level=Level.NOTE,
-        found=f"{found}; unless told otherwise, pages come from the node that it runs on, one of {_listed(running)}",
+        found=f"{found}; unless told otherwise, pages come from the node that it runs on when it makes a stage",
         costs="GPUs at other nodes copy over the link between the sockets, and one node's memory carries all copies",
         remedies=(
-            Remedy(
-                where="where GPUs of several nodes use one stage",
-                do="numactl --interleave=all stagingd serve",
-            ),
+            Remedy(where="where GPUs of several nodes use one stage", do="numactl --interleave=all stagingd serve"),
             Remedy(where="or as a service, whose unit does the same", do="systemctl enable --now stagingd"),
             *_one_each(at),
         ),
     )
 
 
-def _widened(subject: Subject) -> tuple[Remedy, ...]:
+def _widened(far: Sequence[PciGpu], subject: Subject) -> tuple[Remedy, ...]:
+    if all(gpu.node in subject.memory_nodes for gpu in far):  # it may have their memory, and only runs elsewhere
+        return (Remedy(where="where all GPUs use one stage", do="numactl --interleave=all stagingd serve"),)
     if subject.place is Place.CONTAINER:
-        return (Remedy(where="docker run, podman run", do="without --cpuset-mems, or with all nodes in it"),)
+        return (Remedy(where="docker run, podman run", do=f"--cpuset-mems={_with(far, subject)}"),)
     if subject.place is Place.UNIT:
         return (Remedy(where=f"systemctl edit {subject.unit}", do="[Service]\nAllowedMemoryNodes="),)
     if subject.place is Place.POD:
@@ -92,11 +99,16 @@ def _widened(subject: Subject) -> tuple[Remedy, ...]:
     return (Remedy(where="from a shell outside of the cpuset that holds this one", do="stagingd serve"),)
 
 
+def _with(far: Sequence[PciGpu], subject: Subject) -> str:
+    nodes = {gpu.node for gpu in far if gpu.node is not None} | set(subject.memory_nodes)
+    return ",".join(map(str, sorted(nodes)))
+
+
 def _one_each(nodes: Sequence[int]) -> tuple[Remedy, ...]:
     """One daemon per node helps where all ranks of a stage, trainers and engines, have their GPUs at one node."""
     found = []
     for node in nodes:
-        unit, where = f"stagingd@{node}", f"where all GPUs of a stage are at node {node}: a daemon there"
+        unit, where = f"stagingd@{node}", f"for a daemon at node {node}, where all GPUs of a stage are there"
         found += [
             Remedy(where=where, do=f"systemctl edit {unit}\n[Service]\nNUMAMask={node}\nCPUAffinity=numa"),
             Remedy(where="and then", do=f"systemctl enable --now {unit}"),

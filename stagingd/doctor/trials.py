@@ -46,17 +46,28 @@ def judge_trial(trial: GpuTrial, pci: PciGpu | None, subject: Subject, wanted: W
 
 def judge_idle_link(pci: PciGpu) -> Finding:
     """The link of a GPU that was not tried: an idle one lowers its speed, but never gives up lanes."""
-    return _judge_link(pci.address, pci, None)
+    return _judge_link(f"GPU {pci.address}", pci, None)
 
 
 def _judge_end(trial: GpuTrial) -> Iterator[Finding]:
-    if trial.problem:
+    if trial.problem and trial.short_of_memory:
+        yield Finding(
+            check=f"trial: GPU {trial.index}",
+            level=Level.WARNING,
+            found=f"that of {trial.name} at {trial.address} was not finished: {trial.problem}",
+            costs="whether it copies right and fast is not known",
+            remedies=(
+                Remedy(where="to see who has its memory", do="nvidia-smi"),
+                Remedy(where="and once they have ended", do="stagingd doctor"),
+            ),
+        )
+    elif trial.problem:
         yield Finding(
             check=f"trial: GPU {trial.index}",
             level=Level.ERROR,
             found=f"that of {trial.name} at {trial.address} was not finished: {trial.problem}",
             costs="trainers and engines on it are likely to fail as it did",
-            remedies=(Remedy(where="to see who has its memory", do="nvidia-smi"), _DRIVER_ERRORS),
+            remedies=(_DRIVER_ERRORS, Remedy(where="to see its state", do=f"nvidia-smi -i {trial.address} -q")),
         )
 
 
@@ -96,7 +107,7 @@ def _judge_link(name: str, pci: PciGpu, at_work: Link | None) -> Finding:
     now, best = at_work or pci.link, pci.best
     if now.raw_rate is None or best.raw_rate is None:
         return ok(check, f"the machine does not tell of the link of {pci.address}")
-    found = f"{pci.address} at {now} {'while it copied' if at_work else 'while idle'}, where its link can {best}"
+    found = f"{pci.address} at {now} of {best} {'while it copied' if at_work else 'while idle'}"
     narrowed, slowed = _below(now.width, best.width), _below(now.speed, best.speed)
     if narrowed or (slowed and at_work):
         device = f"/sys/bus/pci/devices/{pci.address}"
