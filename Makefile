@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Else Python would compile what it imports again in every process that a test starts (see .venv/installed).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types docs bench clean
 
 demo: .venv/installed
 	$(BIN)/stagingd demo
@@ -33,6 +33,12 @@ lint: .venv/installed
 
 types: .venv/installed
 	$(BIN)/mypy
+
+# Pages for browsers, and the manual page. What is warned of is an error.
+SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --doctree-dir docs/_build/doctrees
+docs: .venv/installed
+	$(SPHINX) --builder html docs docs/_build/html
+	$(SPHINX) --builder man docs docs/_build/man
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.host

@@ -7,9 +7,10 @@ from __future__ import annotations
 import html
 import tomllib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import typer.cli
+from sphinx.application import Sphinx
 from typer.testing import CliRunner
 
 HERE = Path(__file__).parent
@@ -49,6 +50,17 @@ def command_page(module: str, typed: str) -> str:
     if shown.exit_code != 0:
         raise RuntimeError(f"typer cannot describe {module}: {shown.output}")
     return html.unescape(shown.output)
+
+
+def not_a_type(_app: Sphinx, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon, in an attribute's first line, for its type: here it never is."""
+    if what in ("attribute", "property", "data"):
+        lines.insert(0, "")
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx; before napoleon, which has priority 500."""
+    app.connect("autodoc-process-docstring", not_a_type, priority=100)
 
 
 (HERE / "commands").mkdir(exist_ok=True)

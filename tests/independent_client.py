@@ -1,6 +1,6 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""A client of the daemon that was written from docs/protocol.md and docs/segment.md alone. It imports nothing of stagingd.
+"""A client of the daemon, written from docs/protocol.md and docs/segment.md alone. It imports nothing of stagingd.
 
 Its tensors are lists of numbers in bfloat16: it is here to show that the two pages suffice, not to be quick.
 """

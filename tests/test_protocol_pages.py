@@ -193,7 +193,7 @@ def test_it_quantizes_before_it_stages(daemon: RunningDaemon, stage_name: str) -
     with closing(Trainers(daemon, stage_name, quantization=quantization)) as trainers:
         about = [{"stage": stage_name, "rank": rank, "version": 1, "timeout_s": WAIT_S} for rank in (0, 1)]
         ranks = list(zip(trainers.ranks, about, strict=True))
-        slot = [client.ask("begin", **fields)["slot"] for client, fields in ranks][0]
+        slot, _ = (client.ask("begin", **fields)["slot"] for client, fields in ranks)
         w = trainers.segment.tensor("w")
         assert (w["dtype"], w["quantized_from"], w["group"]) == ("int8", "bfloat16", 0)
         owned = [one for one in trainers.segment.catalog["owned"] if one["tensor"] == 0]
