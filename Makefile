@@ -14,7 +14,7 @@ demo: .venv/installed
 # model, and some engines, follow the deaths: the three then take about as long.
 DEATHS := tests/test_crashes.py tests/test_exactness_of_models.py tests/test_plans_of_models.py \
 	tests/test_plan_command.py tests/test_benchmark_flush.py tests/test_attachment.py \
-	tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py
+	tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py tests/test_documents.py
 ENGINES := tests/test_demo.py tests/test_vllm_fp8_engine.py tests/test_vllm_engine.py tests/test_vllm_server.py tests/test_async_engine.py \
 	tests/test_engines_die_and_join.py tests/test_weight_transfer.py
 BESIDE := $(DEATHS) $(ENGINES)
@@ -53,4 +53,4 @@ bench: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build docs/commands

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import typer.cli
+from pydantic import BaseModel
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
 from typer.testing import CliRunner
 
 HERE = Path(__file__).parent
@@ -27,7 +29,7 @@ copyright = "2026 The stagingd authors"  # noqa: A001 - Sphinx names it so
 author = "The stagingd authors"
 release = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
 
@@ -52,15 +54,21 @@ def command_page(module: str, typed: str) -> str:
     return html.unescape(shown.output)
 
 
-def not_a_type(_app: Sphinx, what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
-    """Napoleon takes what stands before a colon, in an attribute's first line, for its type: here it never is."""
-    if what in ("attribute", "property", "data"):
-        lines.insert(0, "")
+def read_sections(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Args, Returns and Raises. Of an attribute napoleon would take what stands before a colon for its type."""
+    if what not in ("attribute", "property", "data"):
+        lines[:] = GoogleDocstring(list(lines), Config(), app, what, name, thing, options).lines()
+
+
+def plain_record(_app: Sphinx, _what: str, _name: str, thing: Any, *_: Any) -> tuple[str, None] | None:
+    """Of a record the fields say more than the signature that pydantic makes."""
+    return ("", None) if isinstance(thing, type) and issubclass(thing, BaseModel) else None
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx; before napoleon, which has priority 500."""
-    app.connect("autodoc-process-docstring", not_a_type, priority=100)
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", read_sections)
+    app.connect("autodoc-process-signature", plain_record)
 
 
 (HERE / "commands").mkdir(exist_ok=True)

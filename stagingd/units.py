@@ -81,14 +81,16 @@ def check_startable(program: Path) -> None:
     """Refuse a program that the service could not start.
 
     Raises:
-        UnitsNotInstalled: its path cannot stand in a unit, or it lies where the service does not look.
+        UnitsNotInstalled: its path cannot stand in a unit, or it or its interpreter lies where the service does not
+            look.
     """
     if not _PLAIN_PATH.fullmatch(str(program)):
         raise _unusable(program, "is no absolute path of letters, digits and ._+@-, which a unit takes as it is")
-    for place in (program, program.resolve()):
+    interpreter = program.with_name("python").resolve()  # of a virtual environment: a link to some other place
+    for what, place in {"": program, "is a link, and ": program.resolve(), "is run by one that ": interpreter}.items():
         for hidden in HIDDEN:
             if place.is_relative_to(hidden):
-                raise _unusable(program, f"lies in {hidden}, which the service does not see")
+                raise _unusable(program, f"{what}lies in {hidden}, which the service does not see")
 
 
 def _unusable(program: Path, why: str) -> UnitsNotInstalled:

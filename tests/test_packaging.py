@@ -8,6 +8,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -151,14 +152,17 @@ def test_a_program_that_the_service_would_not_see_is_refused(tmp_path: Path, pro
     assert not below(tmp_path)
 
 
-def test_a_program_behind_a_link_is_looked_for_where_it_lies(tmp_path: Path) -> None:
-    link = Path("/dev/shm") / f"stagingd-test-{os.getpid()}"
-    link.symlink_to("/home/somebody/bin/stagingd")
+@pytest.mark.parametrize("name", ["stagingd", "python"])
+def test_a_program_and_its_interpreter_are_looked_for_where_they_lie(tmp_path: Path, name: str) -> None:
+    folder = Path("/dev/shm") / f"stagingd-test-{os.getpid()}"  # the test's own folder lies where the service is blind
+    folder.mkdir()
+    (folder / name).symlink_to(f"/home/somebody/bin/{name}")
     try:
         with pytest.raises(UnitsNotInstalled, match="lies in /home"):
-            units.install(link, root=tmp_path)
+            units.install(folder / "stagingd", root=tmp_path)
     finally:
-        link.unlink()
+        shutil.rmtree(folder)
+    assert not below(tmp_path)
 
 
 @pytest.mark.parametrize(
