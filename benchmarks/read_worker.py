@@ -64,7 +64,7 @@ class ReadWorkerExtension(StagingdWorkerExtension):
 
         def update() -> None:
             with reader.lease() as lease:
-                writer.write(lease.slot, lease.stored)
+                writer.write(lease)
                 _synchronize(device)
 
         return {"seconds": [_timed(device, update) for _ in range(updates)]}

@@ -8,6 +8,10 @@
 
 A slot that was drained keeps its version until the next one is begun: who asks for that very version leases it again.
 
+Who asks to begin early leases a version that is still being filled, where none that is complete would do. Such a lease
+keeps nobody from anything: if the version is aborted, the lease is lost; if it is sealed, it becomes the front at once,
+and the lease is one like others. Until then it cannot be released: what was read under it counts for nothing.
+
 A pure state machine: it knows no clock, socket or memory. What cannot be done yet is answered with
 ``Waiting``, which says what is awaited and from whom, and changes nothing; the caller asks again
 after the next change.
@@ -54,6 +58,7 @@ class DoubleBuffer:
         self.newest_sealed: int | None = None
         self.last_abort: tuple[int, str] | None = None
         self.next_lease = 1
+        self.next_attempt = 1
         self.lost_leases: dict[int, str] = {}
         self.revision = 0
         self.occasions = 0
@@ -105,6 +110,7 @@ class DoubleBuffer:
         back = self._claim_back(version)
         if isinstance(back, Slot):
             back.state, back.version, back.kept = SlotState.FILLING, version, None
+            back.attempt, self.next_attempt = self.next_attempt, self.next_attempt + 1
             back.begun.add(rank)
             self._occasion()
         return back
@@ -225,6 +231,8 @@ class DoubleBuffer:
             raise OutOfOrder("no version is ready to be sealed", remedy="seal after the last commit")
         filling.state = SlotState.SEALED
         self.newest_sealed = filling.version
+        if self.leases_on(filling):
+            self._make_front(filling)
         self._occasion()
         return filling.version
 
@@ -235,6 +243,8 @@ class DoubleBuffer:
             return None
         version = filling.version
         self.last_abort = (version, reason)
+        for lease in self.leases_on(filling):
+            self.end_lease(lease.id, f"version {version} was aborted: {reason}")
         filling.clear()
         self._occasion()
         return version
@@ -264,6 +274,7 @@ class DoubleBuffer:
         version: int | None,
         newer_than: int | None,
         until: float,
+        early: bool = False,
         again: bool = False,
         gone: Iterable[int] = (),
     ) -> Lease | Waiting:
@@ -276,6 +287,7 @@ class DoubleBuffer:
             version: exactly this one; the newest complete one by default.
             newer_than: only a version greater than this.
             until: when a lease granted now is to be taken away; ranks that join later get the first's.
+            early: where no complete version will do, one that is being filled will.
             gone: ranks that have left the engine, for which a lease granted now is not kept.
 
         Raises:
@@ -285,10 +297,13 @@ class DoubleBuffer:
         """
         current = next((lease for lease in self.leases.values() if lease.engine == engine), None)
         if current is not None:
-            return self._join_lease(current, rank, version, newer_than, again)
+            return self._join_lease(current, rank, version, newer_than, early, again)
         slot = self._readable(version, newer_than)
         if isinstance(slot, Waiting):
-            return slot
+            filling = self._begun_early(version, newer_than) if early else None
+            if filling is None:
+                return slot
+            slot = filling
         if slot.state is SlotState.SEALED:
             self._make_front(slot)
         elif slot.state is SlotState.FREE:
@@ -301,8 +316,10 @@ class DoubleBuffer:
         return lease
 
     def _join_lease(
-        self, lease: Lease, rank: int, version: int | None, newer_than: int | None, again: bool
+        self, lease: Lease, rank: int, version: int | None, newer_than: int | None, early: bool, again: bool
     ) -> Lease | Waiting:
+        if lease.early and not early:
+            return self.awaited_commits(lease.version)
         if rank in lease.done:
             return Waiting(
                 f"engine {lease.engine!r} to finish version {lease.version}",
@@ -354,6 +371,14 @@ class DoubleBuffer:
             )
         return Waiting(f"version {version}", self._trainers())
 
+    def _begun_early(self, version: int | None, newer_than: int | None) -> Slot | None:
+        """What is being filled, if it is what is asked for."""
+        filling = self.filling
+        if filling is None or filling.version is None:
+            return None
+        wanted = version in (None, filling.version) and (newer_than is None or filling.version > newer_than)
+        return filling if wanted else None
+
     def _trainers(self) -> tuple[str, ...]:
         filling = self.filling
         if filling is None:
@@ -368,8 +393,8 @@ class DoubleBuffer:
             self._free_if_drained(front)
         sealed.state = SlotState.FRONT
 
-    def release(self, lease_id: int, rank: int, *, again: bool = False) -> None:
-        """A rank has read what it needs.
+    def release(self, lease_id: int, rank: int, *, again: bool = False) -> Waiting | None:
+        """A rank has read what it needs. None when it is released; an early lease only once the version is sealed.
 
         Raises:
             LeaseLost: the lease ended before.
@@ -378,7 +403,7 @@ class DoubleBuffer:
         lease = self.leases.get(lease_id)
         taken = lease_id in self.lost_leases and (lease is None or rank not in lease.holding)
         if again and not taken and (self._ended_well(lease_id) if lease is None else rank in lease.done):
-            return
+            return None
         if lease is None or taken:
             why = self.lost_leases.get(lease_id, "it does not exist")
             raise LeaseLost(
@@ -392,8 +417,11 @@ class DoubleBuffer:
                 remedy="release a lease once per rank",
                 rank=rank,
             )
+        if lease.early:
+            return self.awaited_commits(lease.version)
         lease.done.add(rank)
         self._let_go(lease, rank)
+        return None
 
     def _ended_well(self, lease_id: int) -> bool:
         """Whether a lease that is gone was released by all its ranks. In doubt, no: what was read may be torn."""

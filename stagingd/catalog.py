@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The catalog: every tensor of a stage, who owns which box of it, and where it lies in a slot.
 
-A slot holds each tensor once, in its global row-major layout at an aligned offset, and behind the
-tensors the moments. So any shard is written, and any slice read, by addressing alone.
+A slot holds each tensor once, in its global row-major layout at an aligned offset, behind the tensors the
+moments, and behind these how far it has been filled (``stagingd.progress``). So any shard is written, and any
+slice read, by addressing alone.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ MAX_DIMS: Final = 16
 
 MATRIX_DIMS: Final = 2
 
+PROGRESS_LINE: Final = 64
+"""Bytes in which the daemon, and each trainer rank, tell how far a slot has been filled: a cache line."""
+
 MAX_BOXES: Final = 4096
 """Distinct boxes of one tensor: they are compared with each other."""
 
@@ -69,9 +73,11 @@ class TensorDeclaration(Record):
     boxes: Annotated[tuple[Box, ...], Field(max_length=MAX_BOXES), FailFast()]
 
     @model_validator(mode="after")
-    def _dims_are_few(self) -> TensorDeclaration:
+    def _boxes_are_boxes(self) -> TensorDeclaration:
         if any(max(len(box.offsets), len(box.lengths)) > MAX_DIMS for box in self.boxes):
             raise ValueError(f"a box has more than {MAX_DIMS} dims")
+        if any(len(box.offsets) != len(box.lengths) for box in self.boxes):
+            raise ValueError("a box has not as many offsets as lengths")
         return self
 
 
@@ -214,6 +220,16 @@ class Catalog(Record):
         return owned.first_cell + sum(moments.cells_of(g, shape, owned.box).volume for g in before)
 
     @property
+    def progress_offset(self) -> int:
+        """Where in a slot it is told how far it has been filled: its last bytes."""
+        return self.slot_bytes - self.progress_bytes
+
+    @property
+    def progress_bytes(self) -> int:
+        """What that takes: a line of the daemon, and one of each trainer rank."""
+        return PROGRESS_LINE * (1 + self.ranks)
+
+    @property
     def tensor_bytes(self) -> int:
         """Bytes of one version's tensors, without alignment and moments."""
         return sum(tensor.bytes for tensor in self.tensors)
@@ -273,7 +289,7 @@ def build(
         owned=owned,
         cells=cell_count,
         moments_offset=at,
-        slot_bytes=at + moments.stored_bytes(cell_count),
+        slot_bytes=at + moments.stored_bytes(cell_count) + PROGRESS_LINE * (1 + len(declarations)),
         format=None if quantization is None else quantization.format,
         device="cuda" if quantization is None else quantization.device,
     )

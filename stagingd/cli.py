@@ -19,6 +19,8 @@ from stagingd import logs, units, wire
 from stagingd.config import Settings
 from stagingd.connection import Connection
 from stagingd.daemon import Daemon
+from stagingd.doctor import display, examination
+from stagingd.doctor.wanted import Wanted
 from stagingd.errors import StagingError
 from stagingd.supervisor import Supervisor
 
@@ -28,7 +30,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RuntimeDir = Annotated[Path | None, typer.Option(help="Folder of the sockets. Default: STAGINGD_RUNTIME_DIR.")]
+RuntimeDir = Annotated[
+    Path | None, typer.Option(readable=False, help="Folder of the sockets. Default: STAGINGD_RUNTIME_DIR.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -112,6 +116,33 @@ def install_units(
     for placed in units.install(program or units.this_program(), root=root, prefix=prefix):
         typer.echo(f"{placed.outcome:<9} {placed.path}")
     typer.echo("next:\n  systemd-sysusers\n  systemctl daemon-reload\n  systemctl enable --now stagingd")
+
+
+@app.command()
+def doctor(
+    size_gib: Annotated[float | None, typer.Option(min=0.001, help="Size of one version, in GiB.")] = None,
+    stage_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Or that of a whole stage: its segment_bytes in `status --json`.")
+    ] = None,
+    runtime_dir: RuntimeDir = None,
+    strict: Annotated[bool, typer.Option(help="Let warnings end it with exit status 1 too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what would keep this machine from staging weights or slow it down, what that costs, and what to do.
+
+    Exit status 0: fit to run. Warnings cost speed or safety and do not count, unless --strict.
+
+    Exit status 1: an error keeps it from running. 2: wrong options or settings.
+    """
+    if size_gib is not None and stage_bytes is not None:
+        raise typer.BadParameter("give --size-gib or --stage-bytes, not both")
+    settings, console = _settings(runtime_dir=runtime_dir), Console(stderr=as_json)
+    with display.progress(console) as say:
+        report = examination.examine(Wanted.of(size_gib, stage_bytes), settings, say)
+    display.show(report, console)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    raise typer.Exit(report.exit_status(strict=strict))
 
 
 @app.command()

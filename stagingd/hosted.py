@@ -26,7 +26,7 @@ from stagingd.errors import (
 from stagingd.nonfinite import nonfinite_tensors
 from stagingd.segment import Segment
 from stagingd.session import Session
-from stagingd.slots import Slot
+from stagingd.slots import Slot, SlotState
 from stagingd.state import StageState
 from stagingd.waiting import Waiting
 
@@ -173,7 +173,22 @@ class HostedStage:
         stage.sealed_versions = was.sealed_versions
         stage.aborted_versions = was.aborted_versions
         stage.begins_kept_waiting = was.begins_kept_waiting
+        stage._restore_progress()
         return stage
+
+    def _restore_progress(self) -> None:
+        """What the daemon that has ended said of its slots after it last wrote the ledger was told to nobody."""
+        for slot in self.buffer.slots:
+            progress = self._segment().progress(slot.index)
+            if slot.version is None:
+                progress.clear()
+                continue
+            if not progress.holds(slot.attempt):
+                progress.begin(slot.attempt)
+            if slot.state is not SlotState.FILLING:
+                progress.sealed(slot.attempt)
+            elif len(slot.measured) == self.ranks:
+                progress.measured(slot.attempt)
 
     # Declaring
 
@@ -257,9 +272,10 @@ class HostedStage:
             if isinstance(slot, Slot):
                 if fresh:
                     self._refused = None
+                    self._segment().progress(slot.index).begin(slot.attempt)
                     self._tell("begun", message.version, f"slot {slot.index}")
                 self.begins_kept_waiting += waited  # only now: a restart meanwhile would have it counted twice
-                return wire.Begun(slot=slot.index, waited=waited)
+                return wire.Begun(slot=slot.index, attempt=slot.attempt, waited=waited)
             waited = True
             return self._with_engines(slot)
 
@@ -283,6 +299,9 @@ class HostedStage:
                 rank=message.rank,
             )
         self.buffer.measure(message.rank, message.version, again=message.again)
+        filling = self.buffer.filling
+        if filling is not None and len(filling.measured) == self.ranks:
+            self._segment().progress(filling.index).measured(filling.attempt)
 
         def measured() -> set[int]:
             filling = self.buffer.filling
@@ -372,6 +391,7 @@ class HostedStage:
             log.warning("non_finite_values", stage=self.name, version=filling.version, tensors=poisoned)
         self._refused = None
         version = self.buffer.seal()
+        segment.progress(filling.index).sealed(filling.attempt)
         self.sealed_versions += 1
         self._tell("sealed", version, "")
 
@@ -395,10 +415,20 @@ class HostedStage:
         return wire.Done()
 
     def _abort(self, reason: str) -> None:
-        version = self.buffer.abort(reason)
-        if version is not None:
-            self.aborted_versions += 1
-            self._tell("aborted", version, reason)
+        self._aborting(lambda: self.buffer.abort(reason), reason)
+
+    def _aborting(self, abort: Callable[[], int | None], reason: str) -> None:
+        """Do what may abort a version, and say so where it did: to those who read it early by its slot, too."""
+        filling = self.buffer.filling
+        early = [] if filling is None else self.buffer.leases_on(filling)
+        version = abort()
+        if version is None or filling is None:
+            return
+        self._segment().progress(filling.index).clear()
+        self.aborted_versions += 1
+        self._tell("aborted", version, reason)
+        for lease in early:
+            self._tell("lease_lost", version, f"engine {lease.engine!r} began to read it early")
 
     # Readers
 
@@ -449,6 +479,7 @@ class HostedStage:
                 version=message.version,
                 newer_than=message.newer_than,
                 until=now + lease_s,
+                early=message.early,
                 again=message.again,
                 gone=engine.gone,
             )
@@ -457,20 +488,35 @@ class HostedStage:
             if lease.id == fresh:
                 self._tell("leased", lease.version, f"engine {lease.engine!r}")
             return wire.Leased(
-                lease=lease.id, version=lease.version, slot=lease.slot.index, deadline_s=lease.until - now
+                lease=lease.id,
+                version=lease.version,
+                slot=lease.slot.index,
+                deadline_s=lease.until - now,
+                attempt=lease.slot.attempt if lease.early else None,
             )
 
         return Question(poll)
 
-    def release(self, session: Session, message: wire.Release) -> wire.Done:
-        """A reader rank has read what it needs."""
-        lease = self.buffer.leases.get(message.lease)
-        if lease is not None:
-            self._check_reader(session, lease.engine, message.rank)
-        self.buffer.release(message.lease, message.rank, again=message.again)
-        if lease is not None and lease.complete:
-            self._tell("released", lease.version, f"engine {lease.engine!r}")
-        return wire.Done()
+    def release(self, session: Session, message: wire.Release) -> Question:
+        """A reader rank has read what it needs. Of what it has read early it is told whether it counts."""
+
+        def poll() -> wire.Answer | Waiting:
+            lease = self.buffer.leases.get(message.lease)
+            if lease is not None:
+                self._check_reader(session, lease.engine, message.rank)
+            waiting = self.buffer.release(message.lease, message.rank, again=message.again)
+            if waiting is not None:
+                return waiting
+            if lease is not None and lease.complete:
+                self._tell("released", lease.version, f"engine {lease.engine!r}")
+            return wire.Done()
+
+        def give_up(reason: str) -> None:
+            lease = self.buffer.end_lease(message.lease, reason)
+            if lease is not None:
+                self._tell("lease_lost", lease.version, reason)
+
+        return Question(poll, give_up)
 
     def wait_for_readers(self) -> None:
         """A reader that cannot be seen may be reading, and not know of the restart: it was promised the time."""
@@ -506,10 +552,8 @@ class HostedStage:
                 del self.engines[name]
 
     def _abort_unfinished(self, rank: int, why: str) -> None:
-        version = self.buffer.trainer_gone(rank, f"trainer rank {rank}: {why}", there=self.trainers)
-        if version is not None:
-            self.aborted_versions += 1
-            self._tell("aborted", version, f"trainer rank {rank}: {why}")
+        reason = f"trainer rank {rank}: {why}"
+        self._aborting(lambda: self.buffer.trainer_gone(rank, reason, there=self.trainers), reason)
 
     def _segment(self) -> Segment:
         if self.segment is None:

@@ -48,12 +48,12 @@ def check_lockable(stage: str, size: int) -> None:
 def _lockable_bytes() -> int | None:
     """The limit on locked memory; None where there is none."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY or _may_lock_anything() else soft
+    return None if soft == resource.RLIM_INFINITY or may_lock_anything() else soft
 
 
-def _may_lock_anything() -> bool:
-    """Whether the process has CAP_IPC_LOCK, to which the locking limit does not apply."""
-    status = Path("/proc/self/status").read_text()
+def may_lock_anything(process: Path = Path("/proc/self")) -> bool:
+    """Whether a process, given by its folder in /proc, has CAP_IPC_LOCK, to which the locking limit does not apply."""
+    status = (process / "status").read_text()
     effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> 14 & 1)
 

@@ -31,6 +31,7 @@ from stagingd.errors import NotEnoughMemory, SegmentForeign, SegmentTaken, Segme
 from stagingd.ledger import Ledger
 from stagingd.memory import check_lockable, check_room, gib, lock_pages
 from stagingd.moments import StoredMoments, stored_bytes
+from stagingd.progress import Progress
 from stagingd.superblock import PAGE, Superblock, page_aligned
 
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX segments, not a temporary folder
@@ -74,6 +75,11 @@ class Segment:
         """The moments of slot 0 or 1."""
         at, cells = self.catalog.moments_offset, self.catalog.cells
         return StoredMoments(self.slot(index)[at : at + stored_bytes(cells)], cells)
+
+    def progress(self, index: int) -> Progress:
+        """How far slot 0 or 1 has been filled."""
+        at = self.catalog.progress_offset
+        return Progress(self.slot(index)[at : at + self.catalog.progress_bytes], self.catalog.ranks)
 
     def lock(self) -> Segment:
         """Keep it in physical memory (mlock), unless it has been closed. Returns itself. Raises NotEnoughMemory."""

@@ -129,12 +129,12 @@ class Service:
             case wire.LeaseVersion():
                 lease_s = self.settings.lease_s
                 question = self._stage(request.stage).lease(session, request, self.clock, lease_s)
+            case wire.Release():
+                question = self._stage(request.stage).release(session, request)
             case wire.Attach():
                 question = self._attach(session, request)
             case wire.Abort():
                 return self._stage(request.stage).abort(session, request)
-            case wire.Release():
-                return self._stage(request.stage).release(session, request)
             case wire.Status():
                 return self.status()
             case wire.Drop():

@@ -20,12 +20,16 @@ class SlotState(StrEnum):
 
 @dataclass
 class Slot:
-    """One of the two copies. ``version`` is None exactly when the slot is free; it may then still hold one whole."""
+    """One of the two copies. ``version`` is None exactly when the slot is free; it may then still hold one whole.
+
+    ``attempt`` numbers the times that versions were begun: see ``stagingd.progress``.
+    """
 
     index: int
     state: SlotState = SlotState.FREE
     version: int | None = None
     kept: int | None = None
+    attempt: int = 0
     begun: set[int] = field(default_factory=set)
     measured: set[int] = field(default_factory=set)
     committed: set[int] = field(default_factory=set)
@@ -54,6 +58,11 @@ class Lease:
     holding: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
+
+    @property
+    def early(self) -> bool:
+        """Whether the version is still being filled."""
+        return self.slot.state is SlotState.FILLING
 
     @property
     def complete(self) -> bool:

@@ -44,6 +44,7 @@ class SlotRecord(Record):
     state: Annotated[SlotState, Field(strict=False)]
     version: Version | None
     kept: Version | None = None
+    attempt: int
     begun: tuple[Rank, ...]
     measured: tuple[Rank, ...]
     committed: tuple[Rank, ...]
@@ -70,6 +71,7 @@ class BufferRecord(Record):
     leases: tuple[LeaseRecord, ...]
     lost_leases: tuple[tuple[int, str], ...]
     next_lease: int
+    next_attempt: int
     newest_sealed: Version | None
     last_abort: tuple[Version, str] | None
 
@@ -130,6 +132,7 @@ def buffer_state(buffer: DoubleBuffer) -> dict[str, object]:
         "leases": [_lease_state(lease) for lease in buffer.leases.values()],
         "lost_leases": [(lease, reason[:REASON_CHARACTERS]) for lease, reason in buffer.lost_leases.items()],
         "next_lease": buffer.next_lease,
+        "next_attempt": buffer.next_attempt,
         "newest_sealed": buffer.newest_sealed,
         "last_abort": abort and (abort[0], abort[1][:REASON_CHARACTERS]),
     }
@@ -140,6 +143,7 @@ def _slot_state(slot: Slot) -> dict[str, object]:
         "state": slot.state.value,
         "version": slot.version,
         "kept": slot.kept,
+        "attempt": slot.attempt,
         "begun": list(slot.begun),
         "measured": list(slot.measured),
         "committed": list(slot.committed),
@@ -164,7 +168,7 @@ def restored_buffer(record: BufferRecord, ranks: int, policy: Policy) -> DoubleB
     """The double buffer that a record describes."""
     buffer = DoubleBuffer(ranks, policy)
     for slot, was in zip(buffer.slots, record.slots, strict=True):
-        slot.state, slot.version, slot.kept = was.state, was.version, was.kept
+        slot.state, slot.version, slot.kept, slot.attempt = was.state, was.version, was.kept, was.attempt
         slot.begun, slot.measured, slot.committed = set(was.begun), set(was.measured), set(was.committed)
     for lease in record.leases:
         slot = buffer.slots[lease.slot]
@@ -181,6 +185,7 @@ def restored_buffer(record: BufferRecord, ranks: int, policy: Policy) -> DoubleB
         )
     buffer.lost_leases = dict(record.lost_leases)
     buffer.next_lease = record.next_lease
+    buffer.next_attempt = record.next_attempt
     buffer.newest_sealed = record.newest_sealed
     buffer.last_abort = record.last_abort
     return buffer

@@ -5,7 +5,7 @@
     0                superblock: magic, format, sizes, checksums of the blobs and of itself
     PAGE             ledger: the changing state, in two places
     + ledger_bytes   catalog, as msgpack; behind it the terms, as msgpack
-    header_bytes     slot 0: tensors, then their moments
+    header_bytes     slot 0: tensors, then their moments, then how far it has been filled
     + slot_bytes     slot 1
 
 It is written once, before the segment gets its name, and never changes.
@@ -22,7 +22,7 @@ from typing import Final
 from stagingd.errors import SegmentForeign, SegmentUnreadable
 
 MAGIC: Final = b"STAGINGD"
-FORMAT: Final = 4
+FORMAT: Final = 5
 PAGE: Final = mmap.PAGESIZE
 _HEAD: Final = struct.Struct("<8sI")
 _SIZES: Final = struct.Struct("<QQQQII")

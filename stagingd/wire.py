@@ -26,7 +26,7 @@ from stagingd.moments import ALL_GRIDS
 from stagingd.policy import Policy
 from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """Raised whenever a message changes: daemon and clients must agree."""
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
@@ -150,7 +150,10 @@ class Attach(Record):
 
 
 class LeaseVersion(Record):
-    """A reader rank asks to read a version, by default the newest. Answered by Leased."""
+    """A reader rank asks to read a version, by default the newest. Answered by Leased.
+
+    With ``early`` one that is still being filled will do, where there is no other.
+    """
 
     kind: Literal["lease"] = "lease"
     stage: StageName
@@ -158,17 +161,19 @@ class LeaseVersion(Record):
     rank: Rank
     version: Version | None = None
     newer_than: Version | None = None
+    early: bool = False
     timeout_s: Seconds
     again: bool = False
 
 
 class Release(Record):
-    """A reader rank has read what it needs. Answered by Done."""
+    """A reader rank has read what it needs. Answered by Done; of a version that it read early, once that is sealed."""
 
     kind: Literal["release"] = "release"
     stage: StageName
     lease: Annotated[int, Field(ge=0)]
     rank: Rank
+    timeout_s: Seconds = 60.0
     again: bool = False
 
 
@@ -214,10 +219,11 @@ class Declared(Record):
 
 
 class Begun(Record):
-    """The slot to fill, and whether the rank was kept waiting for it."""
+    """The slot to fill, the attempt's number in its progress, and whether the rank was kept waiting for it."""
 
     kind: Literal["begun"] = "begun"
     slot: int
+    attempt: int
     waited: bool
 
 
@@ -244,13 +250,18 @@ class Attached(Record):
 
 
 class Leased(Record):
-    """The slot to read, and for how long it is certain not to be written."""
+    """The slot to read, and for how long it is certain not to be written.
+
+    A version that is leased early is still being filled, by an ``attempt`` of which the slot tells how far it has come
+    (``stagingd.progress``); and what is read counts only once the lease has been released.
+    """
 
     kind: Literal["leased"] = "leased"
     lease: int
     version: Version
     slot: int
     deadline_s: float
+    attempt: int | None = None
 
 
 class Done(Record):

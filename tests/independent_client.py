@@ -167,7 +167,34 @@ class Segment:
             struct.pack_into("<f", self.memory, self._moment(slot, field, cell), value)
         struct.pack_into("<I", self.memory, self._moment(slot, 3, cell), len(values) - len(finite))
 
+    def start(self, slot: int, rank: int, attempt: int) -> None:
+        """A rank takes part in an attempt."""
+        struct.pack_into("<Q", self.memory, self._line(slot, 1 + rank) + 8, 0)
+        struct.pack_into("<Q", self.memory, self._line(slot, 1 + rank), attempt)
+
+    def land(self, slot: int, rank: int, boxes: int) -> None:
+        """So many of a rank's boxes have landed."""
+        struct.pack_into("<Q", self.memory, self._line(slot, 1 + rank) + 8, boxes)
+
+    def _line(self, slot: int, line: int) -> int:
+        lines = 1 + int(self.catalog["ranks"])
+        return self._slot(slot) + int(self.catalog["slot_bytes"]) - 64 * (lines - line)
+
     # An engine
+
+    def has_landed(self, slot: int, name: str, attempt: int) -> bool:
+        """Whether all of a tensor is there. Raises LookupError: the attempt was given up."""
+        filling, _, is_sealed = struct.unpack_from("<QQQ", self.memory, self._line(slot, 0))
+        if filling != attempt:
+            raise LookupError
+        number = self.catalog["tensors"].index(self.tensor(name))
+        for rank in range(self.catalog["ranks"]):
+            of_rank = [owned["tensor"] for owned in self.owned_by(rank)]
+            needed = max((n for n, tensor in enumerate(of_rank, 1) if tensor == number), default=0)
+            taking_part, landed = struct.unpack_from("<QQ", self.memory, self._line(slot, 1 + rank))
+            if is_sealed != attempt and (taking_part != attempt or landed < needed):
+                return False
+        return True
 
     def read(self, slot: int, name: str, box: Box) -> Values:
         tensor = self.tensor(name)

@@ -20,6 +20,7 @@ from stagingd.boxes import Box, whole
 from stagingd.catalog import Catalog, TensorDeclaration, build
 from stagingd.formats import Quantization
 from stagingd.moments import ALL_GRIDS, Grid, StoredMoments
+from stagingd.progress import Needs
 
 Cut = Mapping[str, Sequence[Box]]
 """By tensor, the box of each trainer rank."""
@@ -32,6 +33,14 @@ class PrivateLease:
     version: int
     slot: torch.Tensor
     stored: StoredMoments
+
+    early = False
+
+    def await_moments(self) -> None:
+        pass
+
+    def await_boxes(self, needs: Needs) -> None:
+        pass
 
     def __enter__(self) -> PrivateLease:
         return self

@@ -169,7 +169,14 @@ def _curl(_: Path, words: list[str]) -> None:
             assert not body
 
 
+def _doctor(_: Path, words: list[str]) -> None:
+    """Its options are read. What it finds is the machine's affair; tests/test_doctor.py has machines for it."""
+    known_command(words[1:])
+    typer.main.get_command(app).commands["doctor"].make_context("doctor", words[2:])
+
+
 CHECKS: dict[str, Check] = {
+    "stagingd doctor": _doctor,
     "pip": _pip,
     "/opt/stagingd/bin/pip": _pip,
     "make": _make,

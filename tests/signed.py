@@ -41,12 +41,13 @@ class Workers:
                 mode = "prefetch" if given.get("prefetch_gib") else "in_place"
                 return {"rank": 0, "ranks": 1, "engine": given.get("engine", "engine"), "mode": mode}
             case "stagingd_update" | "stagingd_swap":
+                self.prefetching = None
                 return {"version": version, "milliseconds": 1.0}
             case "stagingd_prefetch":
                 self.prefetching = version
                 return {}
             case "stagingd_prefetched":
-                return {"version": self.prefetching}
+                return {"version": self.prefetching, "reading": False}
             case "stagingd_quantization_error":
                 figures = {"relative_rms_error": 0.026, "clipped_share": 0.0}
                 return {"version": NEWEST, "rank": 0, "total": {"sigma:6": figures, "amax": figures}, "parameters": {}}

@@ -206,7 +206,7 @@ def test_hundreds_of_versions_go_live_under_load_and_the_daemon_dies_meanwhile(
 ) -> None:
     async def run(llm: Any) -> None:
         follower = Follower(
-            llm, "paced", socket=patient_daemon.socket, engine="loaded", prefetch_gib=1, cache=Cache.KEEP
+            llm, "paced", socket=patient_daemon.socket, engine="loaded", prefetch_gib=1, cache=Cache.KEEP, early=True
         )
         async with follower, load(llm) as done:
             assert follower.mode == "prefetch"
@@ -276,6 +276,65 @@ def test_an_engine_goes_back_to_the_version_before_and_follows_again(
     engine.do(run(engine.llm))
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_workers_prefetch_the_next_version_without_being_asked(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    asked = list[str]()
+
+    async def run(llm: Any) -> None:
+        call = llm.collective_rpc
+
+        async def noted(method: str, **how: Any) -> Any:
+            asked.append(method)
+            return await call(method, **how)
+
+        monkeypatch.setattr(llm, "collective_rpc", noted)
+        first = trainer.stage.newest_sealed or 0
+        follower = Follower(llm, "policy", socket=daemon.socket, engine="armed", prefetch_gib=1, early=early)
+        async with follower:
+            await follower.reached(first)
+            asked.clear()
+            for version in range(first + 1, first + 4):
+                await asyncio.to_thread(trainer.publish, version, 1)
+                await follower.reached(version)
+            assert "stagingd_prefetch" not in asked
+            assert asked.count("stagingd_swap") == 3
+            await follower.hold(first + 2)  # what is waited for makes way
+            assert follower.version == first + 2
+
+    engine.do(run(engine.llm))
+
+
+def test_a_version_that_is_aborted_while_it_is_read_early_never_goes_live(
+    engine: Driven, daemon: RunningDaemon, trainer: Trainer
+) -> None:
+    async def run(llm: Any) -> None:
+        said = {n: await reloaded(llm, trainer.checkpoints[n - 1], PROMPT, 30) for n in (2, 1)}
+        name = "early"
+        follower = Follower(llm, "policy", socket=daemon.socket, engine=name, prefetch_gib=1, early=True)
+
+        def leased() -> set[int]:
+            return {lease.version for lease in daemon.stage("policy").leases if lease.engine == name}
+
+        async with follower:
+            trainer.publish(20, 1)
+            await follower.reached(20)
+            trainer.begin(21, 2)
+            trainer.stage.fence()  # all of it has landed
+            await asyncio.to_thread(eventually, lambda: leased() == {21}, "the engine to begin with version 21")
+            assert await generate(llm, PROMPT, 30) == said[1]
+            trainer.stage.abort()
+            await asyncio.to_thread(eventually, lambda: not leased(), "the engine to be told")
+            assert await generate(llm, PROMPT, 30) == said[1]
+            assert follower.version == 20
+            await asyncio.to_thread(trainer.publish, 22, 2)
+            await follower.reached(22)
+            assert await generate(llm, PROMPT, 30) == said[2]
+
+    engine.do(run(engine.llm))
+
+
 def test_without_memory_for_a_shadow_versions_are_read_in_place(
     engine: Driven, daemon: RunningDaemon, trainer: Trainer
 ) -> None:
@@ -287,10 +346,10 @@ def test_without_memory_for_a_shadow_versions_are_read_in_place(
             load(llm),
         ):
             assert follower.mode == "in_place"
-            trainer.publish(20, 1)
-            await follower.reached(20)
-            trainer.publish(21, 3)
-            await follower.reached(21)
+            trainer.publish(24, 1)
+            await follower.reached(24)
+            trainer.publish(25, 3)
+            await follower.reached(25)
         assert await generate(llm, PROMPT, 30) == new
 
     engine.do(run(engine.llm))

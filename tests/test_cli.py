@@ -88,7 +88,7 @@ def test_the_daemon_never_imports_torch() -> None:
     ],
 )
 def test_imports_run_one_way(package: str, forbidden: set[str]) -> None:
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -21,6 +21,7 @@ from stagingd_client import LocalShard, gpu_flush
 from stagingd_client.flush import Flusher
 from stagingd_client.gpu_flush import DeviceFlusher
 from stagingd_client.holdings import Holdings, Put
+from stagingd_client.landings import Landings
 from stagingd_client.naming import NamedShard, SameNames
 from stagingd_client.placement import Held
 
@@ -62,7 +63,7 @@ class Staging:
         return [put for put in found if put is not None]
 
     def flusher(self, device: LazyDevice, scratch: int = SMALL_SCRATCH) -> DeviceFlusher:
-        return DeviceFlusher(self.made, self.owned, device, scratch)
+        return DeviceFlusher(self.made, self.owned, device, Landings(self.made, 0), scratch)
 
     def tensors(self, slot: int) -> dict[str, torch.Tensor]:
         """What stands in a slot, copied."""

@@ -72,9 +72,12 @@ class Life(RuleBasedStateMachine):
         hidden=chance,
         second=chance,
         versions=st.integers(0, 3),
+        early=st.sampled_from(((), ("a",), ("b",), ("a", "b"))),
     )
-    def begin_life(self, ranks: int, policy: Policy, hidden: bool, second: bool, versions: int) -> None:
-        self.world = World(Plan(ranks, policy, hidden, second))
+    def begin_life(
+        self, ranks: int, policy: Policy, hidden: bool, second: bool, versions: int, early: tuple[str, ...]
+    ) -> None:
+        self.world = World(Plan(ranks, policy, hidden, second, early))
         for _ in range(versions):
             all_work(self.world, self.trainers, 6)
             all_work(self.world, self.readers, 4)
@@ -157,7 +160,7 @@ class Life(RuleBasedStateMachine):
     def one_copies(self, number: int, count: int, poison: bool) -> None:
         seat = self.pick(number, self.copying())
         assert seat.copying is not None
-        seat.copying.poison |= poison and len(seat.copying.left) > count
+        seat.copying.poison |= poison and seat.copying.pieces_left > count
         copy(seat, count)
 
     @precondition(lambda self: self.able(trainer=True))
@@ -221,7 +224,7 @@ class Life(RuleBasedStateMachine):
             ranks = seat.ranks + 1
             return wire.Attach(stage=seat.stage, engine=seat.engine, rank=ranks, ranks=ranks, timeout_s=1.0)
         which = {"exact": {"version": version}, "newer": {"newer_than": version}}
-        chosen = which.get(kind, {"newer_than": seat.last_read})
+        chosen = which.get(kind, {"newer_than": seat.last_read, "early": True})
         newest = wire.LeaseVersion(stage=seat.stage, engine=seat.engine, rank=seat.rank, timeout_s=1.0)
         return newest.model_copy(update=chosen)
 
@@ -394,7 +397,9 @@ class Life(RuleBasedStateMachine):
                 return peer, wire.encode(hello.model_copy(update={"protocol": wire.PROTOCOL + 1}))
             case "taken" if admin is not None and seat.seated and not seat.client.process.hidden:
                 unseated = Seat(seat.stage, seat.rank, seat.ranks, seat.engine)
-                return admin, wire.encode(next_request(self.world, unseated, 1.0))
+                request = next_request(self.world, unseated, 1.0)
+                assert request is not None
+                return admin, wire.encode(request)
             case "status" if admin is not None:
                 return admin, wire.encode(wire.Status())
         nobody = Peer(b"nobody", 0, 0, 1)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -81,7 +82,7 @@ def begun(world: World) -> None:
         all_work(world, [seat for seat in trainers(world) if seat.copying is None], 1)
     for seat in trainers(world):
         assert seat.copying is not None
-        copy(seat, len(seat.copying.left))
+        copy(seat, seat.copying.pieces_left)
 
 
 def restart(world: World) -> None:
@@ -175,6 +176,7 @@ def test_a_lease_that_is_repeated_is_the_same_lease_with_the_same_end(world: Wor
     (reader,) = engine(world, "a")
     attach(world, [reader])
     message = next_request(world, reader)
+    assert message is not None
     work(world, reader, fate=Fate(crash=Crash.UNSENT))
     world.machine.now += 5.0
     world.start_daemon()
@@ -418,7 +420,7 @@ def test_late_copies_into_an_aborted_slot_are_overwritten_before_it_can_be_seale
     world.see_deaths()
     for _ in range(4):
         work(world, other)  # a new process begins and commits the next version in the same slot
-    for piece in pieces:
+    for piece in itertools.chain(*pieces):
         piece.write(stale)  # and rank 0 is not through with the version before
     assert states(world) == [SlotState.FILLING, SlotState.FREE]
     assert publish(world) == 2
@@ -562,3 +564,72 @@ def test_what_a_connection_held_stays_with_its_process_though_another_one_said_g
     while draft.heard is None or heard(draft) not in ("rank_taken", "declared"):
         work(world, draft)
     assert heard(draft) == "rank_taken"
+
+
+early = pytest.mark.parametrize("world", [Plan(early=("a",))], indirect=True)
+
+
+@early
+def test_what_a_rank_still_tells_of_an_aborted_attempt_does_not_count_for_the_next_at_the_same_version(
+    world: World,
+) -> None:
+    begun(world)
+    late, other = trainers(world)
+    (reader,) = engine(world, "a")
+    attach(world, [reader])
+    assert other.client is not None
+    other.client.honest = False
+    world.ask(other, wire.Abort(stage="policy", rank=1, version=1, reason="no reason"))
+    world.ask(other, wire.Begin(stage="policy", rank=1, version=1, timeout_s=1.0))
+    assert other.copying is not None
+    copy(other, other.copying.pieces_left)
+    assert late.copying is not None
+    late.copying.memory.progress[late.copying.slot].land(0, len(late.copying.memory.catalog.owned_by(0)))
+    work(world, reader)  # leases what is being filled
+    assert reader.reading is not None
+    assert not world.look(reader), "what rank 0 had put before the abort was taken for what it puts now"
+    work(world, late)
+    assert heard(late) == "version_aborted"
+    world.ask(late, wire.Begin(stage="policy", rank=0, version=1, timeout_s=1.0))
+    assert late.copying is not None
+    copy(late, late.copying.pieces_left)
+    assert world.look(reader)
+    for seat in (late, other, reader):
+        work(world, seat)
+    assert [heard(seat) for seat in (late, other, reader)] == ["sealed", "sealed", "done"]
+
+
+@early
+def test_an_abort_that_a_crash_undoes_is_undone_for_who_reads_early_too(world: World) -> None:
+    begun(world)
+    (reader,) = engine(world, "a")
+    attach(world, [reader])
+    work(world, reader)
+    _, second = trainers(world)
+    abort = wire.Abort(stage="policy", rank=1, version=1, reason="no reason")
+    world.ask(second, abort, Fate(crash=Crash.TORN, landed=0.0))
+    assert reader.reading is not None
+    assert not reader.reading.memory.progress[reader.reading.slot].holds(1)
+    world.start_daemon()
+    assert reader.reading.memory.progress[reader.reading.slot].holds(1)
+    check_laws(world)
+
+
+@early
+def test_a_process_that_dies_while_it_is_read_early_takes_the_lease_away_and_the_next_version_is_read(
+    world: World,
+) -> None:
+    begun(world)
+    _, second = trainers(world)
+    (reader,) = engine(world, "a")
+    attach(world, [reader])
+    work(world, reader)
+    assert second.client is not None
+    world.die(second.client.process)
+    world.see_deaths()
+    work(world, reader)
+    assert heard(reader) == "lease_lost"
+    assert publish(world) == 2
+    work(world, reader)
+    assert reader.reading is not None
+    assert (reader.reading.version, reader.reading.attempt) == (2, None)

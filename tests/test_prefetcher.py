@@ -39,7 +39,7 @@ class Stage:
         self.asked: list[float] = []
         self._lost = lost
 
-    def lease(self, *, version: int | None, newer_than: int | None, timeout_s: float) -> Lease:
+    def lease(self, *, version: int | None, newer_than: int | None, early: bool, timeout_s: float) -> Lease:
         self.asked.append(timeout_s)
         if self.version is None:
             raise DeadlineExceeded("no version", remedy="wait")
@@ -70,7 +70,7 @@ def writing() -> Iterator[Writing]:
 
 def started(stage: Stage, writing: Writing, *, version: int | None = None, timeout_s: float = LONG_S) -> Prefetcher:
     prefetcher = Prefetcher(stage, writing)  # type: ignore[arg-type]
-    prefetcher.start(version=version, newer_than=None, timeout_s=timeout_s)
+    prefetcher.start(version=version, newer_than=None, early=False, timeout_s=timeout_s)
     return prefetcher
 
 
@@ -96,7 +96,10 @@ def test_nothing_is_there_before_it_was_asked_for_and_after_it_was_forgotten(wri
 
 def test_one_version_is_read_at_a_time(writing: Writing) -> None:
     prefetcher = started(Stage(), writing)
-    for refused in (lambda: prefetcher.start(version=None, newer_than=None, timeout_s=1.0), prefetcher.forget):
+    for refused in (
+        lambda: prefetcher.start(version=None, newer_than=None, early=False, timeout_s=1.0),
+        prefetcher.forget,
+    ):
         with pytest.raises(OutOfOrder, match="being prefetched"):
             refused()
 
@@ -114,7 +117,7 @@ def test_what_kept_it_from_being_read_is_told_again_and_again_until_the_next_is_
         with pytest.raises(error):
             prefetcher.version(LONG_S)
     stage.version, stage._lost = 8, False
-    prefetcher.start(version=None, newer_than=None, timeout_s=LONG_S)
+    prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
     assert prefetcher.version(LONG_S) == 8
 
 
@@ -133,3 +136,82 @@ def test_whoever_leaves_waits_for_what_is_being_written_and_not_without_end(writ
         prefetcher.close(0.01)
     writing.go_on.set()
     prefetcher.close(LONG_S)
+
+
+class Later(Stage):
+    """Has a version when it is told to; ``waited`` is set once somebody waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.waited = threading.Event()
+
+    def lease(self, *, version: int | None, newer_than: int | None, early: bool, timeout_s: float) -> Lease:
+        self.waited.set()
+        if version is None and newer_than is not None:
+            raise DeadlineExceeded("none that is newer", remedy="wait")
+        return super().lease(version=version, newer_than=newer_than, early=early, timeout_s=timeout_s)
+
+
+def test_a_version_that_is_only_waited_for_makes_way_for_another(writing: Writing) -> None:
+    stage = Later()
+    prefetcher = Prefetcher(stage, writing)  # type: ignore[arg-type]
+    prefetcher.start(version=None, newer_than=9, early=False, timeout_s=LONG_S)
+    assert stage.waited.wait(LONG_S)
+    assert not prefetcher.reading
+    stage.version = 9
+    prefetcher.start(version=9, newer_than=None, early=False, timeout_s=LONG_S)
+    writing.go_on.set()
+    assert prefetcher.version(LONG_S) == 9
+    assert writing.versions == [9]
+
+
+def test_one_that_is_leased_when_nobody_wants_it_any_more_is_given_back_unread(writing: Writing) -> None:
+    stage, leased, go_on = Later(), threading.Event(), threading.Event()
+    given_back: list[int] = []
+
+    class Slow(Lease):
+        def __enter__(self) -> Lease:
+            leased.set()
+            assert go_on.wait(LONG_S)
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            given_back.append(self.version)
+
+    stage.lease = lambda **_: Slow(5, False)  # type: ignore[method-assign]
+    prefetcher = started(stage, writing)
+    assert leased.wait(LONG_S)
+    with prefetcher._request._lock:  # type: ignore[union-attr]
+        assert not prefetcher.reading
+    prefetcher.forget()
+    assert prefetcher.version() is None
+    go_on.set()
+    prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
+    writing.go_on.set()
+    assert prefetcher.version(LONG_S) == 5
+    assert writing.versions == [5]
+    assert given_back == [5, 5]
+
+
+def test_what_is_waited_for_stands_aside_and_is_waited_for_again(writing: Writing) -> None:
+    stage = Later()
+    prefetcher = started(stage, writing)
+    assert stage.waited.wait(LONG_S)
+    with prefetcher.aside():
+        asked = len(stage.asked)
+        stage.version = 11
+        assert len(stage.asked) == asked, "the reader is the caller's"
+    writing.go_on.set()
+    assert prefetcher.version(LONG_S) == 11
+
+
+def test_nobody_stands_aside_who_reads(writing: Writing) -> None:
+    prefetcher = started(Stage(), writing)
+    assert writing.begun.wait(LONG_S)
+    with pytest.raises(OutOfOrder, match="being prefetched"), prefetcher.aside():
+        pass
+    writing.go_on.set()
+    assert prefetcher.version(LONG_S) == 7
+    with prefetcher.aside():
+        pass
+    assert prefetcher.version() == 7, "what is there stays there"

@@ -114,7 +114,7 @@ def test_a_shadow_is_filled_by_copies_too(scheme: str) -> None:
         lease = held.write(1, full)
         cpu = torch.device("cpu")
         shadow = Shadow(other.plan, homes(other.model), held.catalog, ScaleRule(), cpu, GIB)
-        shadow.write(lease.slot, lease.stored)
+        shadow.write(lease)
         shadow.copy_to_live()
     assert memory(other.model) == memory(one.model)
 

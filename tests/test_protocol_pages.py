@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import independent_client
 import numpy as np
@@ -31,6 +31,7 @@ from stagingd.boxes import whole
 from stagingd.format_scales import scales
 from stagingd.formats import StageFormat
 from stagingd.moments import Grid, cells_of, merge_boxes
+from stagingd.progress import Needs
 
 WAIT_S = 20.0
 SHAPE = (6, 140)
@@ -96,7 +97,7 @@ def engine(daemon: RunningDaemon, trainers: Trainers) -> Iterator[Client]:
         yield client
 
 
-def leased(engine: Client, stage: str, **asked: int) -> dict[str, int]:
+def leased(engine: Client, stage: str, **asked: int) -> dict[str, Any]:
     return engine.ask("lease", stage=stage, engine="e", rank=0, timeout_s=WAIT_S, **asked)
 
 
@@ -211,6 +212,47 @@ def test_it_quantizes_before_it_stages(daemon: RunningDaemon, stage_name: str) -
     made = torch.from_numpy(scales(StageFormat.INT8_PER_CHANNEL, "cuda", limits))
     wanted = quantized(matrix, made, StageFormat.INT8_PER_CHANNEL, whole(SHAPE), SHAPE)
     assert [*held.values()] == wanted.flatten().tolist()
+
+
+def test_it_reads_a_version_as_it_lands(trainers: Trainers, engine: Client) -> None:
+    about = [{"stage": trainers.stage, "rank": rank, "version": 1, "timeout_s": WAIT_S} for rank in (0, 1)]
+    begun = [client.ask("begin", **fields) for client, fields in zip(trainers.ranks, about, strict=True)]
+    slot, attempt = begun[0]["slot"], begun[0]["attempt"]
+    lease = leased(engine, trainers.stage, early=True)
+    assert (lease["version"], lease["slot"], lease["attempt"]) == (1, slot, attempt)
+    wanted = values(1)
+    for rank in (0, 1):
+        assert not trainers.segment.has_landed(slot, "tied", attempt)
+        trainers.segment.start(slot, rank, attempt)
+        owned = trainers.segment.owned_by(rank)
+        for number, one in enumerate(owned, 1):
+            if one["tensor"] == 0:
+                trainers.segment.write(slot, one, wanted)
+            trainers.segment.land(slot, rank, number)
+    assert trainers.segment.has_landed(slot, "tied", attempt)
+    mapped = ours.open_existing(segment_of(engine, trainers), writable=False)
+    assert mapped.progress(slot).has(attempt, Needs.of(mapped.catalog, ["w", "steps"]))
+    mapped.close()
+    assert trainers.segment.read(slot, "w", ([0, 0], SHAPE)) == wanted
+    release = engine.send("release", stage=trainers.stage, lease=lease["lease"], rank=0, timeout_s=WAIT_S)
+    boxes = [len(trainers.segment.owned_by(rank)) for rank in (0, 1)]
+    commits = [
+        (client, client.send("commit", boxes=number, **fields))
+        for client, number, fields in zip(trainers.ranks, boxes, about, strict=True)
+    ]
+    assert all_answers([*commits, (engine, release)]) == ["sealed", "sealed", "done"]
+
+
+def test_what_it_read_early_of_a_version_that_is_aborted_does_not_count(trainers: Trainers, engine: Client) -> None:
+    about = {"stage": trainers.stage, "rank": 0, "version": 1}
+    begun = trainers.ranks[0].ask("begin", timeout_s=WAIT_S, **about)
+    lease = leased(engine, trainers.stage, early=True)
+    trainers.ranks[0].ask("abort", reason="a test", **about)
+    with pytest.raises(LookupError):
+        trainers.segment.has_landed(begun["slot"], "w", begun["attempt"])
+    with pytest.raises(Refused) as refused:
+        engine.ask("release", stage=trainers.stage, lease=lease["lease"], rank=0)
+    assert refused.value.code == "lease_lost"
 
 
 def all_answers(asked: list[tuple[Client, bytes]]) -> list[str]:

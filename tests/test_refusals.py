@@ -281,7 +281,7 @@ def test_a_segment_too_large_for_the_memory(daemon: RunningDaemon, stage_name: s
 
 
 def test_a_locking_limit_that_is_too_low_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_may_lock_anything", lambda: False)
+    monkeypatch.setattr(memory, "may_lock_anything", lambda: False)
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (4096, 4096))
     with pytest.raises(NotEnoughMemory) as caught:
         memory.check_room("policy", 1 << 20, segment.SHARED_MEMORY, lock=True)

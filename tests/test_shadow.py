@@ -62,7 +62,7 @@ def memory(worker: Parallel) -> dict[str, bytes]:
 
 def write(shadow: Shadow, stage: PrivateStage, version: int) -> None:
     lease = stage.lease(version)
-    shadow.write(lease.slot, lease.stored)
+    shadow.write(lease)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -158,7 +158,7 @@ def test_by_way_of_a_copy_engine_the_same_is_written(stage: PrivateStage, scheme
     for version in (1, 2):
         lease = stage.lease(version)
         with through.at_work():
-            writer.write(lease.slot, lease.stored)
+            writer.write(lease)
         device.synchronize()
         receiver.apply(stage.lease(version))
         assert memory(brought) == memory(updated)

@@ -95,10 +95,15 @@ class Trainer:
         stage.declare(load_file(checkpoints[0] / "model.safetensors"))
         self.publish(1, 1)
 
-    def publish(self, version: int, checkpoint: int) -> None:
+    def begin(self, version: int, checkpoint: int) -> None:
+        """Begin a version and put all of it."""
         self.stage.begin(version)
         for name, tensor in load_file(self.checkpoints[checkpoint - 1] / "model.safetensors").items():
             self.stage.put(name, tensor)
+
+    def publish(self, version: int, checkpoint: int) -> None:
+        """All of it, until it is sealed."""
+        self.begin(version, checkpoint)
         self.stage.commit().wait()
 
 

@@ -193,6 +193,9 @@ def _first_cells(owned: OwnedBox, catalog: Catalog) -> dict[Grid, int]:
     return {grid: catalog.first_cell(owned, grid) for grid in catalog.grids}
 
 
+GROUPS: Final = 16
+"""Into so many parts, or more, a version is cut whose moments are copied together, where it has so many chunks: who
+begins to read it early waits for the first of them, and has the last of them left to read when all is there."""
 BYTES_PER_CELL: Final = 384
 """Bytes of scratch memory for each cell whose moments go to the slot together: these take a twenty-fourth besides, and
 are few copies. Small ones between the large ones hold these up."""
@@ -202,7 +205,7 @@ are few copies. Small ones between the large ones hold these up."""
 class Chunk:
     """What goes through the scratch memory at once.
 
-    The moments of several chunks, a group, are copied together when the last of them has been cast.
+    The moments of several chunks, a group, are copied together when the last of them has been cast; then it has landed.
 
     Attributes:
         matrices: in the order of their places in the slot.
@@ -237,9 +240,10 @@ def chunks(made: Iterable[Matrix], catalog: Catalog, limit: int) -> Iterator[Chu
     """
     group: list[_Cut] = []
     cells = 0
-    for cut in _cut(made, limit):
-        more = sum(end - first for matrix in cut[0] for first, end in _spans(matrix))
-        if group and cells + more > limit // BYTES_PER_CELL:
+    cuts = [(cut, sum(end - first for matrix in cut[0] for first, end in _spans(matrix))) for cut in _cut(made, limit)]
+    most = min(limit // BYTES_PER_CELL, -(-sum(more for _, more in cuts) // GROUPS))
+    for cut, more in cuts:
+        if group and cells + more > most:
             yield from _grouped(group, catalog)
             group, cells = [], 0
         group.append(cut)
@@ -331,7 +335,7 @@ def quantized(matrix: Matrix, catalog: Catalog, first_cell: int, first_scale: in
 
 
 def quantized_chunks(made: Iterable[Matrix], limit: int) -> Iterator[Chunk]:
-    """Cut matrices that ``quantized`` made into chunks; ``first_cells`` are then their first scales, twice.
+    """Cut matrices that ``quantized`` made into chunks, each a group; ``first_cells`` are their first scales, twice.
 
     Args:
         made: the matrices, in the order of their places in the slot.
@@ -340,7 +344,7 @@ def quantized_chunks(made: Iterable[Matrix], limit: int) -> Iterator[Chunk]:
     for taken, places in _cut(made, limit):
         scales = (next(cell for cell in _scale_cells(matrix) if cell is not None) for matrix in taken)
         cells = tuple((scale, scale) for scale in scales)
-        yield Chunk(tuple(taken), tuple(places), _copies(taken, places), False, 0, cells, ())
+        yield Chunk(tuple(taken), tuple(places), _copies(taken, places), True, 0, cells, ())
 
 
 def _scale_cells(matrix: Matrix) -> tuple[int | None, ...]:

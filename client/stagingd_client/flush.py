@@ -16,6 +16,7 @@ from stagingd.segment import Segment
 from stagingd_client import chunks
 from stagingd_client.chunks import Piece
 from stagingd_client.holdings import Put
+from stagingd_client.landings import Landings
 from stagingd_client.moments import CellMoments, shard_moments
 from stagingd_client.quantize import quantized
 
@@ -31,11 +32,15 @@ class Flusher:
     Args:
         segment: the stage's memory.
         owned: by tensor, the boxes that this rank owns.
+        landings: where it is told what has landed.
     """
 
-    def __init__(self, segment: Segment, owned: Mapping[str, Sequence[OwnedBox]]) -> None:
+    def __init__(
+        self, segment: Segment, owned: Mapping[str, Sequence[OwnedBox]], landings: Landings | None = None
+    ) -> None:
         self._catalog = segment.catalog
         self._owned = owned
+        self._landings = landings
         self._stored = [segment.moments(slot) for slot in (0, 1)]
         self._limits: tuple[tuple[OwnedBox, ...], RankLimits] | None = None
         self._memory = [torch.frombuffer(segment.slot(slot), dtype=torch.uint8) for slot in (0, 1)]
@@ -44,6 +49,12 @@ class Flusher:
         """Stage all owned boxes of shards; returns when they have been read."""
         for piece in chunks.pieces(puts, self._owned, self._catalog):
             self.write_piece(slot, piece, puts[piece.source].shard)
+            if self._catalog.tensors[piece.owned.tensor].quantized_from is None:
+                self._tell(piece.owned)
+
+    def _tell(self, owned: OwnedBox) -> None:
+        if self._landings is not None:
+            self._landings.land(self._landings.numbers_of((owned,)))
 
     def quantize(self, slot: int, puts: Sequence[Put]) -> None:
         """Stage what is quantized of shards, once the moments of all ranks are in the slot."""
@@ -61,6 +72,7 @@ class Flusher:
         made = self._scales(limits.of(self._stored[slot]))
         for number, (owned, values) in enumerate(boxes):
             self.write_quantized(slot, owned, values, made[limits.slice_of(number)])
+            self._tell(owned)
 
     def _limits_of(self, boxes: tuple[OwnedBox, ...]) -> RankLimits:
         """Found once: every version has the same boxes."""

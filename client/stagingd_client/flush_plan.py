@@ -8,9 +8,9 @@ filled in anew.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Final
 
 import numpy as np
@@ -39,11 +39,27 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Chunks whose moments are copied together; the pieces whose last chunk is among them have landed then.
+
+    Attributes:
+        chunks: numbers of the chunks.
+        strips: numbers of their strips.
+        pieces: numbers of the pieces.
+    """
+
+    chunks: range
+    strips: range
+    pieces: range
+
+
+@dataclass(frozen=True)
 class Plan:
     """Chunks, their launches, and the tables.
 
     Attributes:
         chunks: with the launches of each.
+        groups: all chunks, strips and pieces, in their order.
         jobs: the job table, (jobs, JOB_COLUMNS) int64, without addresses.
         sources: per job, the number of its shard among ``puts``.
         offsets: per job, from the shard's address to the matrix's, in bytes.
@@ -57,6 +73,7 @@ class Plan:
     """
 
     chunks: tuple[tuple[Chunk, tuple[Launch, ...]], ...]
+    groups: tuple[Group, ...]
     jobs: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
@@ -81,25 +98,29 @@ class Plan:
         """Whether matrices at these addresses are aligned as the plan supposes."""
         return bool(np.array_equal(addresses % VECTOR_BYTES, self.misaligned))
 
-    def store_tensor_cells(self, partials: npt.NDArray[np.float32], stored: StoredMoments) -> None:
-        """Pool the moments of strips into those of whole boxes, and store them.
+    def store_tensor_cells(self, group: Group, partials: npt.NDArray[np.float32], stored: StoredMoments) -> None:
+        """Pool the moments of strips into those of whole boxes, of a group's pieces, and store them.
 
         Source: the pairwise formulae of Chan, Golub and LeVeque (1979), for many sets at once.
 
         Args:
-            partials: (4, strips) float32: mean, M2, amax, and the number of non-finite values as int32.
+            group: whose pieces.
+            partials: (4, strips) float32: mean, M2, amax, and the number of non-finite values as int32; all strips of
+                these pieces have to be there.
             stored: the slot's moments.
         """
-        number, boxes = self.strip_pieces, len(self.pieces)
-        mean, m2, amax = (field.astype(np.float64) for field in partials[:3])
-        nonfinite = partials[3].view(np.int32)
-        count = self.strip_elements - nonfinite
+        first, boxes = group.pieces.start, len(group.pieces)
+        some = np.flatnonzero((self.strip_pieces >= first) & (self.strip_pieces < first + boxes))
+        number = self.strip_pieces[some] - first
+        mean, m2, amax = (field[some].astype(np.float64) for field in partials[:3])
+        nonfinite = partials[3, some].view(np.int32)
+        count = self.strip_elements[some] - nonfinite
         total = np.bincount(number, count, boxes)
         center = np.bincount(number, count * mean, boxes) / np.maximum(total, 1)
         away = mean - center[number]
         greatest = np.zeros(boxes)
         np.maximum.at(greatest, number, amax)
-        cells = self.tensor_cells
+        cells = self.tensor_cells[first : first + boxes]
         stored.mean[cells] = center
         stored.m2[cells] = np.bincount(number, m2 + count * away * away, boxes)
         stored.amax[cells] = greatest
@@ -176,6 +197,19 @@ def _readable(number: int, piece: Piece, puts: Sequence[Put], catalog: Catalog, 
     return made if made is not None and all(matrix.strip_bytes <= limit for matrix in made) else None
 
 
+def _groups(cut: Sequence[tuple[Chunk, tuple[Launch, ...]]], pieces: int) -> tuple[Group, ...]:
+    """The groups of chunks. Their matrices are in the order of pieces, so these end in that order too."""
+    starts = [number for number, (chunk, _) in enumerate(cut) if chunk.begins_group]
+    made = []
+    strip = piece = 0
+    for start, end in itertools.pairwise([*starts, len(cut)]):
+        strips = sum(launch.count for _, launches in cut[start:end] for launch in launches)
+        done = cut[end][0].matrices[0].piece if end < len(cut) else pieces
+        made.append(Group(range(start, end), range(strip, strip + strips), range(piece, done)))
+        strip, piece = strip + strips, done
+    return tuple(made)
+
+
 class _Kinds:
     """Which kernel takes a matrix of a piece."""
 
@@ -217,7 +251,7 @@ class _Tables:
             self._add_job(chunk, number, matrix, kinds[matrix.piece])
         launches = []
         strips = sorted(chunks.strips_of(chunk), key=lambda strip: by_kind[strip[0]].order)
-        for _, same in groupby(strips, key=lambda strip: by_kind[strip[0]].order):
+        for _, same in itertools.groupby(strips, key=lambda strip: by_kind[strip[0]].order):
             start = len(self.strips)
             for number, strip, elements in same:
                 self.strips.append((first + number, strip))
@@ -263,6 +297,7 @@ class _Tables:
         """The plan of all that was added."""
         return Plan(
             chunks=cut,
+            groups=_groups(cut, len(pieces)),
             jobs=np.asarray(self.jobs, np.int64).reshape(-1, JOB_COLUMNS),
             sources=np.asarray(self.sources, np.int64),
             offsets=np.asarray(self.offsets, np.int64),

@@ -17,6 +17,7 @@ from stagingd.segment import Segment
 from stagingd_client.flush import Flusher
 from stagingd_client.gpu_flush import DeviceFlusher
 from stagingd_client.holdings import Put
+from stagingd_client.landings import Landings
 from stagingd_client.queues import Device, Mark, Queue
 
 Opened = tuple[Device, Callable[[], None]]
@@ -37,6 +38,7 @@ class Flushers:
     Args:
         segment: the stage's memory.
         owned: by tensor, the boxes that this rank owns.
+        rank: its number.
         open_device: opens a device, and prepares the stage's memory for it.
     """
 
@@ -44,12 +46,14 @@ class Flushers:
         self,
         segment: Segment,
         owned: Mapping[str, Sequence[OwnedBox]],
+        rank: int,
         open_device: Callable[[torch.device, Segment], Opened],
     ) -> None:
         self._segment = segment
         self._owned = owned
         self._open_device = open_device
-        self._host = Flusher(segment, owned)
+        self._landings = Landings(segment, rank)
+        self._host = Flusher(segment, owned, self._landings)
         self._devices: dict[torch.device, tuple[Device, DeviceFlusher, Callable[[], None]]] = {}
 
     def prepare(self, puts: Sequence[Put]) -> None:
@@ -66,7 +70,8 @@ class Flushers:
     def _device(self, where: torch.device) -> tuple[Device, DeviceFlusher, Callable[[], None]]:
         if where not in self._devices:
             opened, release = self._open_device(where, self._segment)
-            self._devices[where] = opened, DeviceFlusher(self._segment, self._owned, opened), release
+            flusher = DeviceFlusher(self._segment, self._owned, opened, self._landings)
+            self._devices[where] = opened, flusher, release
         return self._devices[where]
 
     def current(self, devices: Iterable[torch.device]) -> Iterator[Queue]:
@@ -74,6 +79,10 @@ class Flushers:
         for where in devices:
             if where.type != "cpu":
                 yield self._device(where)[0].current()
+
+    def begin(self, slot: int, attempt: int) -> None:
+        """A version is flushed from now on, by the attempt of this number."""
+        self._landings.begin(slot, attempt)
 
     def flush(self, slot: int, puts: Sequence[Put], ready: Sequence[Mark]) -> list[Read]:
         """Stage all owned boxes of shards.

@@ -11,7 +11,8 @@ the other copies it to the slot while the next chunk is cast into the other half
     copying                     └▶ chunk 0 ──────▶ chunk 1 ──────▶ …            ▶ done: the version is committed
 
 Every arrow between two lines is a mark that the later queue waits for. The host queues all of it and waits for
-nothing, but the thread that commits the version: it looks whether ``done`` is reached.
+nothing, but the thread that commits the version: it looks whether ``done`` is reached. It looks for the marks of
+groups of chunks on the way, too: what has landed is told in the slot, for readers that begin early.
 
 A trainer that is killed takes its device context, and with it all copies, to its end before its pidfd tells the
 daemon; so nothing is written to a slot that has been given to somebody else.
@@ -20,9 +21,10 @@ daemon; so nothing is written to a slot that has been given to somebody else.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, TypeVar
 
 import numpy as np
@@ -37,9 +39,11 @@ from stagingd.moments import Grid, StoredMoments, field_stride
 from stagingd.segment import Segment
 from stagingd_client import flush_plan
 from stagingd_client.chunks import Chunk, Piece
+from stagingd_client.copies import Copy
 from stagingd_client.flush import Flusher
-from stagingd_client.flush_plan import Launch, Plan
+from stagingd_client.flush_plan import Group, Launch, Plan
 from stagingd_client.holdings import Put
+from stagingd_client.landings import Landings
 from stagingd_client.queues import Device, Mark
 from stagingd_client.strips import STRIP_FIELDS, QuantizingWork, Work
 
@@ -74,6 +78,8 @@ class _Tables:
     Attributes:
         host_jobs, jobs: the job table, here and there.
         strips: of the plan.
+        numbers: per group of the plan, which boxes have landed with it.
+        numbers_of_unread: those that land last.
         partials, host_partials: the moments of strips, there and here.
         aside: pieces that go through memory of their own.
         one_by_one: pieces for which there is no room: the host waits for the device.
@@ -82,6 +88,8 @@ class _Tables:
     host_jobs: torch.Tensor
     jobs: torch.Tensor
     strips: torch.Tensor
+    numbers: tuple[Numbers, ...]
+    numbers_of_unread: Numbers
     partials: torch.Tensor
     host_partials: torch.Tensor
     aside: tuple[_Aside, ...]
@@ -95,6 +103,14 @@ class _Aside:
     piece: Piece
     there: torch.Tensor
     here: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """What is to be stored and told when a mark is reached."""
+
+    mark: Mark
+    tell: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,7 @@ class DeviceFlusher:
         segment: the stage's memory.
         owned: by tensor, the boxes that this rank owns.
         device: the device.
+        landings: where it is told what has landed.
         scratch_bytes: the most that each half of the scratch memory may take.
     """
 
@@ -127,6 +144,7 @@ class DeviceFlusher:
         segment: Segment,
         owned: Mapping[str, Sequence[OwnedBox]],
         device: Device,
+        landings: Landings,
         scratch_bytes: int = SCRATCH_BYTES,
     ) -> None:
         self._catalog: Catalog = segment.catalog
@@ -135,13 +153,15 @@ class DeviceFlusher:
         self._one_by_one = Flusher(segment, owned)
         self._owned = owned
         self._device = device
+        self._landings = landings
         mine = sum(self._catalog.tensors[box.tensor].bytes for boxes in owned.values() for box in boxes)
         self._limit = min(scratch_bytes, max(SMALLEST_SCRATCH_BYTES, mine // 8))
         self._halves: list[_Half] = []
         self._cells: list[torch.Tensor] = []
         self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
         self._quantizing: OrderedDict[tuple[object, ...], tuple[Plan, _Tables, _Scales]] = OrderedDict()
-        self._unfinished: list[tuple[int, Plan, _Tables]] = []
+        self._unfinished: list[tuple[int, _Tables]] = []
+        self._landing: deque[_Landing] = deque()
         self._copied: Mark | None = None
 
     def prepare(self, puts: Sequence[Put]) -> None:
@@ -174,14 +194,14 @@ class DeviceFlusher:
         for mark in ready:
             self._device.casting.after(mark)
         plan, tables = self._planned(puts)
-        for chunk, launches in plan.chunks:
-            self._flush_chunk(slot, chunk, launches, tables)
+        for group, numbers in zip(plan.groups, tables.numbers, strict=True):
+            self._flush_group(slot, plan, group, tables, numbers)
         self._set_aside(tables, puts)
         for piece in tables.one_by_one:
             shard = puts[piece.source].shard
             self._device.casting.run(lambda piece=piece, shard=shard: self._one_by_one.write_piece(slot, piece, shard))  # type: ignore[misc]
         self._fetch(tables)
-        self._unfinished.append((slot, plan, tables))
+        self._unfinished.append((slot, tables))
         read = self._device.casting.mark()
         self._device.copying.after(read)
         self._copied = self._device.copying.mark()
@@ -204,13 +224,16 @@ class DeviceFlusher:
         plan, tables, scales = self._planned_quantizing(puts)
         scales.fill(self._catalog, self._stored[slot])
         self._device.casting.run(lambda: _start_copy(scales.there, scales.here))
-        for chunk, launches in plan.chunks:
-            self._quantize_chunk(slot, chunk, launches, tables, scales)
+        for group, numbers in zip(plan.groups, tables.numbers, strict=True):
+            for chunk, launches in plan.chunks[group.chunks.start : group.chunks.stop]:
+                self._quantize_chunk(slot, chunk, launches, tables, scales)
+            self._tell_when_landed(partial(self._landings.land, numbers))
         for number, piece in enumerate(plan.unread, len(plan.pieces)):
             some = piece.owned, piece.values(puts[piece.source].shard), scales.there[scales.limits.slice_of(number)]
             self._device.casting.run(lambda some=some: self._one_by_one.write_quantized(slot, *some))  # type: ignore[misc]
         read = self._device.casting.mark()
         self._device.copying.after(read)
+        self._tell_when_landed(partial(self._landings.land, tables.numbers_of_unread))
         self._copied = self._device.copying.mark()
         return read
 
@@ -246,6 +269,30 @@ class DeviceFlusher:
         if half.copied is not None:
             self._device.casting.after(half.copied)
         return half
+
+    def _flush_group(self, slot: int, plan: Plan, group: Group, tables: _Tables, numbers: Numbers) -> None:
+        for chunk, launches in plan.chunks[group.chunks.start : group.chunks.stop]:
+            self._flush_chunk(slot, chunk, launches, tables)
+        if len(plan.tensor_cells):
+            self._device.copying.copy(
+                _columns_of(tables.partials, group.strips), tables.host_partials.data_ptr(), tables.partials.data_ptr()
+            )
+
+        def tell() -> None:
+            if len(plan.tensor_cells):
+                plan.store_tensor_cells(group, tables.host_partials.numpy(), self._stored[slot])
+            self._landings.land(numbers)
+
+        self._tell_when_landed(tell)
+
+    def _tell_when_landed(self, tell: Callable[[], None]) -> None:
+        """Once all copies that have been queued are done; and now, what was waited for before."""
+        self._landing.append(_Landing(self._device.copying.mark(), tell))
+        self._tell_what_landed()
+
+    def _tell_what_landed(self) -> None:
+        while self._landing and self._landing[0].mark.reached:
+            self._landing.popleft().tell()
 
     def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
         casting, copying = self._device.casting, self._device.copying
@@ -291,11 +338,8 @@ class DeviceFlusher:
 
     def _fetch(self, tables: _Tables) -> None:
         self._device.copying.after(self._device.casting.mark())
-        for here, there in [
-            (tables.host_partials, tables.partials),
-            *((aside.here, aside.there) for aside in tables.aside),
-        ]:
-            self._device.copying.run(lambda here=here, there=there: _start_copy(here, there))  # type: ignore[misc]
+        for aside in tables.aside:
+            self._device.copying.run(lambda aside=aside: _start_copy(aside.here, aside.there))  # type: ignore[misc]
 
     # Plans
 
@@ -317,7 +361,7 @@ class DeviceFlusher:
         plan, tables, scales = self._quantizing.get(key, (None, None, None))
         if plan is None or tables is None or scales is None or not plan.fits(plan.addresses(shards)):
             plan, limits = flush_plan.make_quantizing(puts, self._owned, self._catalog, self._limit)
-            tables = self._tables(plan)
+            tables = self._tables(plan, quantizing=True)
             there = self._device.memory(limits.count * 4).view(torch.float32)
             scales = _Scales(limits, there, self._device.host_memory(there))
         _keep(self._quantizing, key, (plan, tables, scales))
@@ -331,7 +375,7 @@ class DeviceFlusher:
             tables.host_jobs[:, 0] = addresses
             self._device.casting.run(lambda: _start_copy(tables.jobs, tables.host_jobs))
 
-    def _tables(self, plan: Plan) -> _Tables:
+    def _tables(self, plan: Plan, *, quantizing: bool = False) -> _Tables:
         jobs, strips = torch.from_numpy(plan.jobs), torch.from_numpy(plan.strips)
         host_jobs = self._device.host_memory(jobs)
         host_jobs.copy_(jobs)
@@ -340,7 +384,21 @@ class DeviceFlusher:
         self._device.casting.run(lambda: _start_copy(strips_there, strips))
         partials = self._device.memory(4 * STRIP_FIELDS * len(strips)).view(torch.float32).view(STRIP_FIELDS, -1)
         host_partials = self._device.host_memory(partials)
-        return _Tables(host_jobs, on_device, strips_there, partials, host_partials, *self._rest(plan))
+        numbers = [
+            self._numbers_of(plan.pieces[group.pieces.start : group.pieces.stop], quantizing) for group in plan.groups
+        ]
+        unread = self._numbers_of(plan.unread, quantizing)
+        tables = host_jobs, on_device, strips_there, tuple(numbers), unread, partials, host_partials
+        return _Tables(*tables, *self._rest(plan))
+
+    def _numbers_of(self, pieces: Sequence[Piece], quantizing: bool) -> Numbers:
+        """Of those whose values land: of what is quantized, only the moments do before."""
+        values = (
+            piece.owned
+            for piece in pieces
+            if quantizing or self._catalog.tensors[piece.owned.tensor].quantized_from is None
+        )
+        return self._landings.numbers_of(values)
 
     def _rest(self, plan: Plan) -> tuple[tuple[_Aside, ...], tuple[Piece, ...]]:
         """How what the kernel does not read is flushed."""
@@ -367,7 +425,7 @@ class DeviceFlusher:
     # The end of a version
 
     def wait_until_copied(self, deadline: float) -> None:
-        """Wait until all that was queued is in the slot.
+        """Wait until all that was queued is in the slot, and tell what has landed meanwhile.
 
         Args:
             deadline: time.monotonic() seconds.
@@ -381,21 +439,23 @@ class DeviceFlusher:
                     "the copies from the device to the slot did not end in time",
                     remedy="see what else keeps the device or its link busy, or allow more time",
                 )
+            self._tell_what_landed()
             time.sleep(LOOK_S)
+        self._tell_what_landed()
 
     def finish(self, deadline: float) -> None:
-        """Wait until everything is copied, and store the moments of whole tensors. Raises DeadlineExceeded."""
+        """Wait until everything is copied, and stage what was set aside. Raises DeadlineExceeded."""
         self.wait_until_copied(deadline)
-        for slot, plan, tables in self._unfinished:
-            if len(plan.tensor_cells):
-                plan.store_tensor_cells(tables.host_partials.numpy(), self._stored[slot])
+        for slot, tables in self._unfinished:
             for aside in tables.aside:
                 self._one_by_one.write(slot, aside.piece.owned, aside.here)
+            self._landings.land(tables.numbers_of_unread)
         self._unfinished.clear()
 
     def abandon(self, deadline: float) -> None:
         """Wait until nothing is on its way to the slot any more. Raises DeadlineExceeded."""
         self._unfinished.clear()
+        self._landing.clear()
         self.wait_until_copied(deadline)
 
 
@@ -416,6 +476,12 @@ def _keep(plans: OrderedDict[tuple[object, ...], Kept], key: tuple[object, ...],
     plans.move_to_end(key)
     if len(plans) > PLANS_KEPT:
         plans.popitem(last=False)
+
+
+def _columns_of(table: torch.Tensor, columns: range) -> Copy:
+    """Some columns of a table of so many rows, to the same place in another."""
+    item, pitch = table.element_size(), table.stride(0) * table.element_size()
+    return Copy(columns.start * item, columns.start * item, len(columns) * item, table.shape[0], pitch, pitch)
 
 
 def _cast_aside(aside: _Aside, shard: torch.Tensor) -> None:

@@ -206,7 +206,7 @@ class Stage:
         for owned in self.catalog.owned_by(self.rank):
             self._owned.setdefault(self.catalog.tensors[owned.tensor].name, []).append(owned)
             self._boxes_owned += 1
-        self._flushers = Flushers(self._segment, self._owned, self._open_device)
+        self._flushers = Flushers(self._segment, self._owned, self.rank, self._open_device)
 
     def _places(self, tensors: Mapping[str, Shards]) -> Iterator[Put]:
         for name, shards in tensors.items():
@@ -250,7 +250,9 @@ class Stage:
         if self._in_doubt is not None:
             self._send_abort(self._in_doubt, f"rank {self.rank} does not know what became of it")
         request = wire.Begin(stage=self.name, rank=self.rank, version=version, timeout_s=self.timeout_s)
-        return self._ask(request, wire.Begun).slot
+        begun = self._ask(request, wire.Begun)
+        self._ready().flushers.begin(begun.slot, begun.attempt)
+        return begun.slot
 
     def _ask(self, request: wire.Begin | wire.Measure | wire.Commit, answer: type[Expected]) -> Expected:
         """Where the daemon does not answer, it may have begun the version, or not: it is given up before the next."""

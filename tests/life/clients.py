@@ -55,14 +55,18 @@ class Client:
 
 @dataclass
 class Copying:
-    """A trainer rank fills a slot; ``left`` are the pieces to come. It may have been told long ago not to."""
+    """A trainer rank fills a slot; ``left`` are the pieces to come, box by box. It may have been told not to."""
 
     memory: Memory
     slot: int
     version: int
     stamp: int
-    left: list[Piece]
+    left: list[list[Piece]]
     poison: bool = False
+
+    @property
+    def pieces_left(self) -> int:
+        return sum(map(len, self.left))
 
 
 @dataclass
@@ -70,6 +74,8 @@ class Reading:
     """A reader rank reads a slot.
 
     Attributes:
+        attempt: which attempt fills it, where it is read early.
+        seen: what was read early, once all of it had landed.
         torn: it has seen anything but one whole version.
         forsaken: the daemon cannot see its process, and has seen its connection break: it is taken for dead.
     """
@@ -79,6 +85,8 @@ class Reading:
     slot: int
     version: int
     until: float
+    attempt: int | None = None
+    seen: bytes | None = None
     torn: bool = False
     forsaken: bool = False
 
@@ -129,6 +137,7 @@ class Known:
         committed: per version and rank the stamp of the last commit that the daemon took.
         images: per sealed version what its slot holds.
         leased: per lease its version and slot.
+        early: leases on versions that were being filled then.
         announced: the last version whose sealing was an event.
     """
 
@@ -136,4 +145,5 @@ class Known:
     committed: dict[int, dict[int, int]] = field(default_factory=dict)
     images: dict[int, bytes] = field(default_factory=dict)
     leased: dict[int, tuple[int, int]] = field(default_factory=dict)
+    early: set[int] = field(default_factory=set)
     announced: int = -1

@@ -49,7 +49,9 @@ def at_most_one_slot_is_in_each_state_and_a_free_slot_has_no_version(world: Worl
 def a_leased_slot_is_never_writable(world: World) -> None:
     for name, stage in _stages(world):
         for lease in stage.buffer.leases.values():
-            assert lease.slot.state in (SlotState.FRONT, SlotState.DRAINING)
+            early = lease.slot.state is SlotState.FILLING  # and whoever has it knows
+            assert lease.slot.state in (SlotState.FRONT, SlotState.DRAINING) or early
+            assert not early or lease.id in world.known[name].early or lease.id not in world.known[name].leased
             assert lease.slot.version == lease.version
             told = world.known[name].leased.get(lease.id, (lease.version, lease.slot.index))
             assert told == (lease.version, lease.slot.index)

@@ -18,6 +18,7 @@ from stagingd.catalog import Catalog, OwnedBox, TensorDeclaration
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.errors import NotEnoughMemory, PeerDied, StagingError
 from stagingd.moments import StoredMoments, cells_of, stored_bytes
+from stagingd.progress import Needs
 from stagingd.segment import Segment
 
 Array = npt.NDArray[np.generic]
@@ -123,10 +124,10 @@ class Piece:
         self.array[...] = int(poison) if self.counts_nonfinite else stamp
 
 
-def pieces(memory: memoryview, catalog: Catalog, rank: int) -> list[Piece]:
-    """Everything in a slot that a rank writes."""
+def pieces(memory: memoryview, catalog: Catalog, rank: int) -> list[list[Piece]]:
+    """Everything in a slot that a rank writes, box by box."""
     stored = StoredMoments(memory[catalog.moments_offset :][: stored_bytes(catalog.cells)], catalog.cells)
-    return [piece for owned in catalog.owned_by(rank) for piece in _pieces_of_box(memory, catalog, owned, stored)]
+    return [list(_pieces_of_box(memory, catalog, owned, stored)) for owned in catalog.owned_by(rank)]
 
 
 def _pieces_of_box(memory: memoryview, catalog: Catalog, owned: OwnedBox, stored: StoredMoments) -> Iterator[Piece]:
@@ -142,29 +143,32 @@ def _pieces_of_box(memory: memoryview, catalog: Catalog, owned: OwnedBox, stored
 
 
 class Memory:
-    """A stage's segment as its clients map it."""
+    """A stage's segment as its clients map it; of slots what trainers write, and apart from it how far they are."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.segment = segment.open_existing(name, writable=True)
         self.catalog = self.segment.catalog
-        self.slots = [self.segment.slot(index) for index in (0, 1)]
+        self.slots = [self.segment.slot(index)[: self.catalog.progress_offset] for index in (0, 1)]
+        self.progress = [self.segment.progress(index) for index in (0, 1)]
+        self.everything = Needs(tuple(len(self.catalog.owned_by(rank)) for rank in range(self.catalog.ranks)))
         self._pieces = [[pieces(slot, self.catalog, rank) for rank in range(self.catalog.ranks)] for slot in self.slots]
 
-    def pieces(self, slot: int, rank: int) -> list[Piece]:
+    def pieces(self, slot: int, rank: int) -> list[list[Piece]]:
         return self._pieces[slot][rank]
 
     def image(self, stamps: dict[int, int]) -> bytes:
         """The bytes of a slot in which every rank has written everything with its stamp."""
-        slot = bytearray(self.catalog.slot_bytes)
+        slot = bytearray(self.catalog.progress_offset)
         for rank, stamp in stamps.items():
-            for piece in pieces(memoryview(slot), self.catalog, rank):
+            for piece in itertools.chain(*pieces(memoryview(slot), self.catalog, rank)):
                 piece.write(stamp)
         return bytes(slot)
 
     def close(self) -> None:
         self._pieces.clear()
         self.slots.clear()
+        self.progress.clear()
         self.segment.close()
 
 

@@ -42,28 +42,34 @@ def work(world: World, seat: Seat, wait_s: float = LONGEST_S, fate: Fate = GOOD)
     client = seat.client
     assert client is not None
     if seat.copying is not None and seat.copying.left:
-        copy(seat, len(seat.copying.left))
+        copy(seat, seat.copying.pieces_left)
     elif world.service is None:
         return
     elif client.identity is None:
         world.hello(client)
     elif client.asked is None:
-        world.ask(seat, next_request(world, seat, wait_s), fate)
+        request = next_request(world, seat, wait_s)
+        if request is not None:
+            world.ask(seat, request, fate)
     elif client.again:
         world.repeat(client, fate)
 
 
 def copy(seat: Seat, count: int) -> None:
-    """A trainer copies some of its boxes, or writes some of their moments."""
+    """A trainer copies some of its boxes, or writes some of their moments, and tells what has landed."""
     copying = seat.copying
     assert copying is not None
-    for piece in copying.left[:count]:
-        piece.write(copying.stamp, poison=copying.poison)
-    del copying.left[:count]
+    for _ in range(min(count, copying.pieces_left)):
+        box = copying.left[0]
+        box.pop(0).write(copying.stamp, poison=copying.poison)
+        if not box:
+            del copying.left[0]
+            landed = len(copying.memory.catalog.owned_by(seat.rank)) - len(copying.left)
+            copying.memory.progress[copying.slot].land(seat.rank, landed)
 
 
-def next_request(world: World, seat: Seat, wait_s: float = LONGEST_S) -> wire.Request:
-    """What a seat asks next."""
+def next_request(world: World, seat: Seat, wait_s: float = LONGEST_S) -> wire.Request | None:
+    """What a seat asks next, if anything."""
     if seat.engine is not None:
         return _next_of_reader(world, seat, wait_s)
     if not seat.seated:
@@ -76,14 +82,17 @@ def next_request(world: World, seat: Seat, wait_s: float = LONGEST_S) -> wire.Re
     return wire.Begin(stage=seat.stage, rank=seat.rank, version=version, timeout_s=wait_s)
 
 
-def _next_of_reader(world: World, seat: Seat, wait_s: float) -> wire.Request:
+def _next_of_reader(world: World, seat: Seat, wait_s: float) -> wire.Request | None:
     assert seat.engine is not None
     if not seat.seated:
         return wire.Attach(stage=seat.stage, engine=seat.engine, rank=seat.rank, ranks=seat.ranks, timeout_s=wait_s)
     if seat.reading is not None:
-        world.look(seat)
-        return wire.Release(stage=seat.stage, lease=seat.reading.lease, rank=seat.rank)
-    return wire.LeaseVersion(stage=seat.stage, engine=seat.engine, rank=seat.rank, timeout_s=wait_s)
+        if not world.look(seat):
+            return None
+        return wire.Release(stage=seat.stage, lease=seat.reading.lease, rank=seat.rank, timeout_s=wait_s)
+    newest = wire.LeaseVersion(stage=seat.stage, engine=seat.engine, rank=seat.rank, timeout_s=wait_s)
+    early = seat.engine in world.plan.early
+    return newest.model_copy(update={"early": True, "newer_than": seat.last_read} if early else {})
 
 
 def declaration(world: World, seat: Seat, wait_s: float = LONGEST_S, *, row_missing: bool = False) -> wire.Declare:

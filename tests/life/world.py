@@ -72,6 +72,8 @@ class Plan:
     policy: Policy = Policy.LATEST
     hidden: bool = False
     second_stage: bool = False
+    early: tuple[str, ...] = ()
+    """Engines that begin to read versions early."""
 
 
 class World(Host):
@@ -413,7 +415,9 @@ class World(Host):
         granted = (slot.state.value, slot.version) == ("filling", message.version)
         assert granted or self.crowded, f"{seat} begins in {slot}"
         stamp = next(self._unique)
-        seat.copying = Copying(memory, answer.slot, message.version, stamp, list(memory.pieces(answer.slot, seat.rank)))
+        memory.progress[answer.slot].start(seat.rank, answer.attempt)
+        left = [list(box) for box in memory.pieces(answer.slot, seat.rank)]
+        seat.copying = Copying(memory, answer.slot, message.version, stamp, left)
         seat.tried = message.version
 
     def _sealed(self, seat: Seat, message: wire.Request, answer: wire.Sealed) -> None:
@@ -432,11 +436,14 @@ class World(Host):
         assert message.newer_than is None or answer.version > message.newer_than, "it is not newer"
         first = known.leased.setdefault(answer.lease, (answer.version, answer.slot))
         assert first == (answer.version, answer.slot), "two ranks of an engine read different versions"
-        assert answer.version in known.images
+        assert (answer.attempt is None) is (answer.version in known.images) or message.early
         assert answer.deadline_s <= LEASE_S
         memory = self.memory_of(seat.stage)
         until = sent + answer.deadline_s
-        seat.reading = Reading(memory, answer.lease, answer.slot, answer.version, until)
+        if answer.attempt is not None:
+            assert message.early, "it has not asked for what is being filled"
+            known.early.add(answer.lease)
+        seat.reading = Reading(memory, answer.lease, answer.slot, answer.version, until, answer.attempt)
         seat.last_read, seat.returned = answer.version, None
         self.look(seat)
 
@@ -445,6 +452,8 @@ class World(Host):
             returned, seat.returned = seat.returned, None
             torn = returned is not None and returned.lease == message.lease and returned.torn
             assert not torn, f"{seat} was told that it read version {returned} well, but it was torn"
+            if returned is not None and returned.lease == message.lease and returned.seen is not None:
+                assert returned.seen == self.known[seat.stage].images[returned.version], f"{seat} read {returned} early"
         if isinstance(message, wire.Bye) and seat.client is not None:
             for each in seat.client.seats:
                 each.leave()
@@ -479,13 +488,20 @@ class World(Host):
         aborted = stage.buffer.last_abort
         return isinstance(message, wire.Commit) and aborted is not None and message.version > aborted[0]
 
-    def look(self, seat: Seat) -> None:
-        """The reader looks at everything, if its time is not over."""
+    def look(self, seat: Seat) -> bool:
+        """The reader looks at everything, if its time is not over. False: it begins early, and has to wait for more."""
         reading = seat.reading
         if reading is None or self.machine.now >= reading.until:
-            return
-        if bytes(reading.memory.slots[reading.slot]) != self.known[seat.stage].images[reading.version]:
+            return True
+        held = bytes(reading.memory.slots[reading.slot])
+        if reading.attempt is not None:
+            progress = reading.memory.progress[reading.slot]
+            if reading.seen is None and progress.has(reading.attempt, reading.memory.everything):
+                reading.seen = held
+            return reading.seen is not None or not progress.holds(reading.attempt)
+        if held != self.known[seat.stage].images[reading.version]:
             reading.torn = True
+        return True
 
     # Knowledge
 

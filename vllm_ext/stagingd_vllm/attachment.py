@@ -22,6 +22,7 @@ from stagingd.errors import OutOfOrder, VersionNotAvailable
 from stagingd_vllm.beside import paced
 from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.derived import made_anew, refresh_derived
+from stagingd_vllm.leased import LeasedVersion
 from stagingd_vllm.outcomes import PEERS_S, together
 from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.place import Place, groups_of
@@ -29,7 +30,7 @@ from stagingd_vllm.plan import staged_tensors
 from stagingd_vllm.prefetcher import Prefetcher
 from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
-from stagingd_vllm.receiver import LayoutChanged, LeasedVersion, Receiver, UpdateReport
+from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
@@ -37,6 +38,8 @@ from stagingd_vllm.sleep import allocators, refuse_asleep, weights_asleep
 from stagingd_vllm.witness import Witness
 
 NOT_ASKED_FOR = "no memory is allowed for prefetching"
+FOLLOW_S = 7 * 24 * 3600.0
+"""How long a worker waits for the next version by itself, in seconds: a trainer may be stopped over a holiday."""
 READ_S = 30.0
 """The longest that a version which is being read may take to end when its worker leaves, in seconds."""
 
@@ -156,21 +159,36 @@ class Attachment:
             LeaseLost: the weights may be a mixture of two versions; update again before generating.
         """
         refuse_asleep(weights_asleep(allocators()))
-        self._prefetcher.refuse_while_reading()
-        lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
-        report = self.receiver.apply(lease)
+        with self._prefetcher.aside():
+            lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
+            report = self.receiver.apply(lease)
         self._seen = self._witness.look()
         return report
 
-    def prefetch(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> None:
+    def prefetch(
+        self,
+        *,
+        version: int | None = None,
+        newer_than: int | None = None,
+        early: bool = False,
+        timeout_s: float = 60.0,
+    ) -> None:
         """Begins to read a version beside the engine, and returns: the newest, or as ``update`` chooses.
+
+        With ``early`` one that trainers are still flushing will do, where no complete version will: it is read as it
+        lands, and cannot be swapped in before it is sealed.
 
         Raises:
             NoRoomForShadow: versions are read in place here; why.
             OutOfOrder: one is being prefetched.
         """
         self._require_shadow()
-        self._prefetcher.start(version=version, newer_than=newer_than, timeout_s=timeout_s)
+        self._prefetcher.start(version=version, newer_than=newer_than, early=early, timeout_s=timeout_s)
+
+    @property
+    def reading(self) -> bool:
+        """Whether a version is being read beside the engine; one that is only waited for is not."""
+        return self._prefetcher.reading
 
     def prefetched(self) -> int | None:
         """The version that can be swapped in; None while it is read, and when none was asked for.
@@ -180,7 +198,9 @@ class Attachment:
         """
         return self._prefetcher.version()
 
-    def swap(self, *, version: int | None, timeout_s: float = 0.0) -> SwapReport:
+    def swap(
+        self, *, version: int | None, timeout_s: float = 0.0, follow: bool = False, early: bool = False
+    ) -> SwapReport:
         """Makes live what was prefetched: on all workers of the engine, or on none.
 
         To be called on all of them between the same two steps.
@@ -188,6 +208,8 @@ class Attachment:
         Args:
             version: which one has been prefetched.
             timeout_s: seconds to wait for what is still being read.
+            follow: then waits for the next version and prefetches that, so that the engine need not be asked.
+            early: that one may still be flushed by trainers.
 
         Raises:
             RefusedByAll: a worker does not have it, its layout changed, or it sleeps; nothing was written on any.
@@ -206,6 +228,8 @@ class Attachment:
             self.receiver.check()
         self.receiver.take(shadow, there)
         self._prefetcher.forget()
+        if follow:
+            self._prefetcher.start(version=None, newer_than=there, early=early, timeout_s=FOLLOW_S)
         self._seen = self._witness.look()
         return SwapReport(there, shadow.bytes, time.perf_counter() - started)
 
@@ -215,7 +239,7 @@ class Attachment:
         return self._shadow
 
     def _write_to_shadow(self, lease: LeasedVersion) -> None:
-        self._require_shadow().write(lease.slot, lease.stored)
+        self._require_shadow().write(lease)
 
     @property
     def version(self) -> int | None:
@@ -244,16 +268,11 @@ class Attachment:
             DeadlineExceeded: no lease within ``timeout_s`` seconds.
             LeaseLost: looking took longer than a lease lasts.
         """
-        self._prefetcher.refuse_while_reading()
         version = self.version
         if version is None:
             raise OutOfOrder("the weights hold no version of the stage", remedy="call stagingd_update first")
-        try:
-            lease = self.reader.lease(version=version, timeout_s=timeout_s)
-        except VersionNotAvailable as error:
-            raise OutOfOrder(f"{error.what}, and the weights hold that one", remedy="update again, then ask") from error
         rules = {rule: ScaleRule.parse(rule) for rule in (self.scale_rule, "amax")}
-        with lease:
+        with self._prefetcher.aside(), self._leased_again(version, timeout_s) as lease:
             found = quantization_errors(self.receiver.plan, self.receiver.homes, self.reader.catalog, lease, rules)
         return {
             "version": version,
@@ -264,6 +283,12 @@ class Attachment:
                 name: {rule: error.figures() for rule, error in errors.items()} for name, errors in found.items()
             },
         }
+
+    def _leased_again(self, version: int, timeout_s: float) -> LeasedVersion:
+        try:
+            return self.reader.lease(version=version, timeout_s=timeout_s)
+        except VersionNotAvailable as error:
+            raise OutOfOrder(f"{error.what}, and the weights hold that one", remedy="update again, then ask") from error
 
     @cached_property
     def _witness(self) -> Witness:

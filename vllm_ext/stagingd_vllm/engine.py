@@ -73,13 +73,15 @@ class StagingdInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 class StagingdUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Which version to apply, and how: the arguments of the method of ``Attachment`` that ``action`` names.
 
-    "update" reads it in place. "prefetch" only begins to read it, beside the engine, and "swap" makes live what was
-    prefetched, in a session of its own; it waits up to ``timeout_s`` seconds for what is still being read.
+    "update" reads it in place. "prefetch" only begins to read it, beside the engine, with ``early`` as it lands, and
+    "swap" makes live what was prefetched, in a session of its own; it waits up to ``timeout_s`` seconds for what is
+    still being read.
     """
 
     action: str = "update"
     version: int | None = None
     newer_than: int | None = None
+    early: bool = False
     timeout_s: float = 60.0
 
 
@@ -149,12 +151,15 @@ class StagingdEngine(WeightTransferEngine[StagingdInitInfo, StagingdUpdateInfo])
         """
         if self._attachment is None:
             raise OutOfOrder("this engine is attached to no stage", remedy="call init_weight_transfer_engine first")
-        arguments = dataclasses.asdict(update_info)
-        match arguments.pop("action"):
+        action, early = update_info.action, update_info.early
+        which = {"version": update_info.version, "newer_than": update_info.newer_than}
+        match action:
+            case "update" | "swap" if early:
+                raise OutOfOrder(f"{action!r} is not done early", remedy='use early with "prefetch"')
             case "update":
-                self._attachment.update(**arguments)
+                self._attachment.update(**which, timeout_s=update_info.timeout_s)
             case "prefetch":
-                self._attachment.prefetch(**arguments)
+                self._attachment.prefetch(**which, early=early, timeout_s=update_info.timeout_s)
             case "swap":
                 self._attachment.swap(version=update_info.version, timeout_s=update_info.timeout_s)
             case other:

@@ -118,17 +118,23 @@ class StagingdWorkerExtension:
 
     @answering
     def stagingd_prefetch(
-        self: Worker, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
+        self: Worker,
+        version: int | None = None,
+        newer_than: int | None = None,
+        early: bool = False,
+        timeout_s: float = 60.0,
     ) -> Answer:
         """Begins to read a version into memory beside the weights, and returns: the engine goes on generating.
 
-        Which one is chosen as in ``stagingd_update``. To be followed by ``stagingd_prefetched`` and ``stagingd_swap``.
+        Which one is chosen as in ``stagingd_update``. With ``early`` one that trainers are still flushing will do,
+        where no complete version will: it is read as it lands. To be followed by ``stagingd_prefetched`` and
+        ``stagingd_swap``.
 
         Raises:
             OutOfOrder: not attached, or a version is being prefetched.
             NoRoomForShadow: versions are read in place here; why.
         """
-        attachment_of(self).prefetch(version=version, newer_than=newer_than, timeout_s=timeout_s)
+        attachment_of(self).prefetch(version=version, newer_than=newer_than, early=early, timeout_s=timeout_s)
         return {}
 
     @answering
@@ -137,15 +143,18 @@ class StagingdWorkerExtension:
 
         Returns:
             ``version`` is the one that can be swapped in; None while it is waited for or read, and when none was asked
-            for.
+            for. ``reading`` is whether it is being read: only then another cannot be asked for.
 
         Raises:
             StagingError: what kept it from being read; the live weights are as they were.
         """
-        return {"version": attachment_of(self).prefetched()}
+        attachment = attachment_of(self)
+        return {"version": attachment.prefetched(), "reading": attachment.reading}
 
     @answering
-    def stagingd_swap(self: Worker, version: int, timeout_s: float = 0.0) -> Answer:
+    def stagingd_swap(
+        self: Worker, version: int, timeout_s: float = 0.0, follow: bool = False, early: bool = False
+    ) -> Answer:
         """Makes live what was prefetched: by one copy inside the device, on all workers or on none.
 
         The engine still has the keys and values that the weights before made of prompts, as after ``stagingd_update``.
@@ -153,6 +162,8 @@ class StagingdWorkerExtension:
         Args:
             version: which one has been prefetched.
             timeout_s: seconds to wait for what is still being read; the engine does not generate meanwhile.
+            follow: then the worker waits for the next version by itself and prefetches that, with ``early`` while
+                trainers still flush it: ``stagingd_prefetch`` need not be called for it.
 
         Returns:
             version, bytes_copied, and the milliseconds that this worker was busy.
@@ -160,7 +171,7 @@ class StagingdWorkerExtension:
         Raises:
             RefusedByAll: a worker does not have it, its layout changed, or it sleeps; nothing was written on any.
         """
-        report = attachment_of(self).swap(version=version, timeout_s=timeout_s)
+        report = attachment_of(self).swap(version=version, timeout_s=timeout_s, follow=follow, early=early)
         return {"version": report.version, "bytes_copied": report.bytes_copied, "milliseconds": report.seconds * 1e3}
 
     @answering

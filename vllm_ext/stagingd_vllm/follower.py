@@ -7,7 +7,9 @@
         async for output in llm.generate(...): ...
 
 Workers read a version beside the engine (``stagingd_prefetch``). The daemon's events say when there is one, and when it
-has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps.
+has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps, and
+wait for the next by themselves: one call to the engine for each version. With ``early`` they begin when trainers begin
+to flush it, and read it as it lands.
 
 Outputs tell in ``weight_versions`` which version made which of their tokens, if vLLM has that (0.32 has, 0.26 has not).
 With ``Cache.KEEP`` and asynchronous scheduling, tokens of the step during which it swaps may bear the later version.
@@ -19,8 +21,8 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from functools import partial
 from types import TracebackType
@@ -73,6 +75,10 @@ class Follower:
         prefetch_gib: memory that prefetching may take on each worker's device; without it, versions are read in place.
         cache: what becomes of the keys and values that the weights before made.
         most_behind: generation stops while the engine is more versions than this behind the newest; never by default.
+        early: versions are prefetched while trainers still flush them; it asks for ``prefetch_gib``.
+
+    Raises:
+        OutOfOrder: versions are to be read early, and nothing may be prefetched.
     """
 
     def __init__(
@@ -86,8 +92,12 @@ class Follower:
         prefetch_gib: float = 0.0,
         cache: Cache = Cache.RESET,
         most_behind: int | None = None,
+        early: bool = False,
     ) -> None:
+        if early and prefetch_gib <= 0:
+            raise OutOfOrder("versions are read early into memory of their own", remedy="give prefetch_gib as well")
         self._llm = llm
+        self._early = early
         self._stage = stage
         self._socket = socket
         self._attaching = {"stage": stage, "engine": engine, "scale_rule": scale_rule}
@@ -98,9 +108,11 @@ class Follower:
         self._most_behind = most_behind
         self._held_back = False
         self._following = True
+        self._armed = False
+        """Whether workers have been told to prefetch the next version by themselves."""
         self._taking = asyncio.Lock()
         self._changed = asyncio.Condition()
-        self._sealed = asyncio.Event()
+        self._news = asyncio.Event()
         self._released = asyncio.Event()
         self._read: int | None = None
         self.mode = "in_place"
@@ -233,24 +245,20 @@ class Follower:
                 logger.warning("stage %s: %s", self._stage, error)
                 due = False
             if not due:
-                await _heard(self._sealed)
+                await _heard(self._news)
 
     async def _is_due(self) -> bool:
         """Whether there is a newer version; generation is held back, or let go on, as it is behind."""
-        newest = await self._newest()
+        slots = (await self._status()).slots
+        newest = _newest(slots, SlotState.SEALED, SlotState.FRONT)
         behind = 0 if newest is None or self.version is None else newest - self.version
         if self._most_behind is not None and behind > self._most_behind and self._following:
             await self._hold_back()
         else:
             await self._let_go()
-        return self._following and newest is not None and (self.version is None or behind > 0)
-
-    async def _newest(self) -> int | None:
-        complete = (SlotState.SEALED, SlotState.FRONT)
-        slots = (await self._status()).slots
-        return max(
-            (slot.version for slot in slots if slot.state in complete and slot.version is not None), default=None
-        )
+        if self._early and self.mode == "prefetch":
+            newest = _newest(slots, SlotState.SEALED, SlotState.FRONT, SlotState.FILLING)
+        return self._following and newest is not None and (self.version is None or newest > self.version)
 
     async def _status(self) -> wire.StageStatus:
         report = await asyncio.to_thread(self._connection.request, wire.Status(), wire.StatusReport)
@@ -265,23 +273,48 @@ class Follower:
                 version = (await self._ask("stagingd_update", **which))[0]["version"]
                 await self._label(version)
         else:
-            self._released.clear()
-            await self._ask("stagingd_prefetch", **which)
-            version = await self._prefetched()
+            version = await self._prefetch(**which)
             async with self._cache_handled():
-                await self._swap(version)
+                await self._swap(version, follow=which.get("version") is None)
         async with self._changed:
             self.version = version
             self._changed.notify_all()
 
-    async def _swap(self, version: int) -> None:
+    async def _prefetch(self, **which: int | None) -> int:
+        """The version that all workers have read, as they were told or, if need be, are told now."""
+        if self._armed and which.get("version") is None:
+            try:
+                return await self._prefetched()
+            except StagingError as error:
+                logger.info("stage %s: %s", self._stage, error)  # such as a version that was aborted
+        elif self._armed:
+            with suppress(StagingError):  # what they read meanwhile is not wanted, whatever becomes of it
+                await self._idle()
+        self._forget_read()
+        await self._ask("stagingd_prefetch", **which, early=self._early and which.get("version") is None)
+        return await self._prefetched()
+
+    async def _idle(self) -> None:
+        """Wait until no worker reads; those that only wait for a version make way by themselves."""
+        leased = [lease for lease in (await self._status()).leases if lease.engine == self._engine]
+        if leased:
+            await self._prefetched()
+
+    def _forget_read(self) -> None:
+        self._armed, self._read = False, None
+        self._released.clear()
+
+    async def _swap(self, version: int, *, follow: bool) -> None:
+        self._forget_read()
+        early = self._early and follow
         try:
             # Both at once: the engine finds the label before it begins another step.
-            swapping = self._ask("stagingd_swap", version=version, timeout_s=NOTICED_S)
+            swapping = self._ask("stagingd_swap", version=version, timeout_s=NOTICED_S, follow=follow, early=early)
             await asyncio.gather(swapping, self._label(version))
         except StagingError:
             await self._label(self.version)
             raise
+        self._armed = follow
 
     async def _label(self, version: int | None) -> None:
         """Have outputs tell that this version made them, where vLLM can."""
@@ -302,7 +335,7 @@ class Follower:
             for _ in range(POLLS if ended else 1):
                 answers = await self._call(self._llm.collective_rpc("stagingd_prefetched"))
                 # While one of them reads, nobody can be asked to prefetch again.
-                if all(answer.get("version", "refused") is not None for answer in answers):
+                if not any(answer.get("reading") for answer in answers) and _are_through(answers):
                     return _agreed(checked(answers))
                 await asyncio.sleep(POLL_S)
         raise DeadlineExceeded(
@@ -315,8 +348,8 @@ class Follower:
             event = wire.decode_event((await self._events.recv_multipart())[1])
             if event.stage != self._stage:  # one whose name begins like this one's
                 continue
-            if event.event == "sealed":
-                self._sealed.set()
+            if event.event == "sealed" or (self._early and event.event == "begun"):
+                self._news.set()
             elif event.event == "lease_lost":
                 self._read = None
                 self._released.set()
@@ -374,6 +407,17 @@ class Follower:
     async def _close(self) -> None:
         self._events.close(linger=0)
         await asyncio.to_thread(self._connection.close)
+
+
+def _newest(slots: Iterable[wire.SlotStatus], *states: SlotState) -> int | None:
+    """The newest version in one of these states."""
+    return max((slot.version for slot in slots if slot.state in states and slot.version is not None), default=None)
+
+
+def _are_through(answers: list[Answer]) -> bool:
+    """Whether all workers have a version, or one of them could not have it."""
+    refused = any("refused" in answer for answer in answers)
+    return refused or all(answer["version"] is not None for answer in answers)
 
 
 def _agreed(answers: list[Answer]) -> int:

@@ -21,11 +21,11 @@ from stagingd.errors import OutOfOrder
 from stagingd.moments import cell_shape
 from stagingd_vllm.carriers import carrier
 from stagingd_vllm.layouts import Home
+from stagingd_vllm.leased import LeasedVersion
 from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.moves import Move, Treatment
 from stagingd_vllm.plan import PlanEntry, ReadPlan
 from stagingd_vllm.quantize import dequantize, spread
-from stagingd_vllm.receiver import LeasedVersion
 from stagingd_vllm.recipe import make_recipe
 from stagingd_vllm.scales import FP8_MAX, ScaleRule
 from stagingd_vllm.schemes import INT8_MAX, Scheme

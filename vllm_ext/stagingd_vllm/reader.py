@@ -8,15 +8,21 @@
             amax = lease.moments("lm_head.weight", Grid.TENSOR).amax
 
 It knows nothing of any engine. What it reads are views of shared memory: good until the release.
+
+A version that is leased early is still being filled. What is needed of it is waited for, piece by piece, by what
+trainers tell in the slot; and what was read counts once the release has succeeded, which waits for the seal.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 import torch
@@ -25,8 +31,27 @@ from stagingd import segment, wire
 from stagingd.boxes import Box, fits, intersect, relative, whole
 from stagingd.catalog import Catalog
 from stagingd.connection import Connection
-from stagingd.errors import BoxOutside, DaemonUnreachable, LeaseLost, OutOfOrder
+from stagingd.errors import (
+    BoxOutside,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    LeaseLost,
+    OutOfOrder,
+    StagingError,
+)
 from stagingd.moments import Grid, Moments, StoredMoments, cells_of, merge_boxes
+from stagingd.progress import Needs, Progress, supported
+
+LOOK_S = 0.0002
+"""How often it is looked how far a version has come that is being filled, in seconds."""
+LEAST_S = 0.001
+"""The least time that the daemon can be given, in seconds."""
+
+
+class EarlyRefused(StagingError):
+    """Versions cannot be read before they are sealed on this machine."""
+
+    code = "early_refused"
 
 
 class Reader:
@@ -87,25 +112,40 @@ class Reader:
         """The bytes of both slots, uint8: shared memory that must not be written, good until ``close``."""
         return self._memory
 
-    def lease(self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0) -> Lease:
+    def lease(
+        self,
+        *,
+        version: int | None = None,
+        newer_than: int | None = None,
+        early: bool = False,
+        timeout_s: float = 60.0,
+    ) -> Lease:
         """Lease a version for reading; the newest complete one by default, which becomes the front.
 
         Args:
             version: exactly this one.
             newer_than: wait for a version greater than this.
+            early: where no complete version will do, one that is being filled will.
             timeout_s: how long to wait, in seconds.
 
         Raises:
+            EarlyRefused: this processor does not show stores to others in their order.
             VersionNotAvailable: the version has been replaced.
             DeadlineExceeded: there was none in time; the message says who was awaited.
             VersionMismatch, OutOfOrder: the engine's ranks do not act together.
         """
+        if early and not supported():
+            raise EarlyRefused(
+                f"versions cannot be read early on a processor of kind {platform.machine()!r}",
+                remedy="read them once they are sealed: leave early out",
+            )
         request = wire.LeaseVersion(
             stage=self.stage,
             engine=self.engine,
             rank=self.rank,
             version=version,
             newer_than=newer_than,
+            early=early,
             timeout_s=timeout_s,
         )
         asked = time.monotonic()
@@ -113,12 +153,15 @@ class Reader:
         leased = self._ask(request)
         old = newer_than is not None and leased.version <= newer_than
         if in_doubt and (old or version not in (None, leased.version)):
-            self._release(leased.lease)
+            with suppress(DeadlineExceeded, LeaseLost):  # an early one may just as well be lost
+                self._release(leased.lease, LEAST_S)
             leased = self._ask(request)
         # Counted from before the question: the daemon's own clock for the lease started later.
         until = asked + leased.deadline_s
         memory, stored = self._memory[leased.slot], self._segment.moments(leased.slot)
-        return Lease(self.catalog, leased.version, memory, stored, until, lambda: self._release(leased.lease))
+        release = partial(self._release, leased.lease)
+        filling = None if leased.attempt is None else Filling(self._segment.progress(leased.slot), leased.attempt)
+        return Lease(self.catalog, leased.version, memory, stored, until, release, filling)
 
     def _ask(self, request: wire.LeaseVersion) -> wire.Leased:
         """Where the daemon did not answer the last time, this rank may hold a lease: that one is taken up again."""
@@ -127,9 +170,10 @@ class Reader:
         with self._doubted():
             return self._connection.request(request, wire.Leased, timeout_s=request.timeout_s)
 
-    def _release(self, lease: int) -> None:
+    def _release(self, lease: int, timeout_s: float) -> None:
+        request = wire.Release(stage=self.stage, lease=lease, rank=self.rank, timeout_s=timeout_s)
         with self._doubted():
-            self._connection.request(wire.Release(stage=self.stage, lease=lease, rank=self.rank), wire.Done)
+            self._connection.request(request, wire.Done, timeout_s=timeout_s)
 
     @contextmanager
     def _doubted(self) -> Iterator[None]:
@@ -153,8 +197,19 @@ class Reader:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """By which attempt a slot is being filled, and where it is told how far it has come."""
+
+    progress: Progress
+    attempt: int
+
+
 class Lease:
-    """A version that is certain not to be written until it is released or its time is up."""
+    """A version that is certain not to be written until it is released or its time is up.
+
+    One that was leased early may still be filled, or given up: its release tells.
+    """
 
     def __init__(
         self,
@@ -163,7 +218,8 @@ class Lease:
         memory: torch.Tensor,
         stored: StoredMoments,
         until: float,
-        release: Callable[[], None],
+        release: Callable[[float], None],
+        filling: Filling | None = None,
     ) -> None:
         self.version = version
         self.bytes_read = 0
@@ -171,7 +227,37 @@ class Lease:
         self._memory = memory
         self._stored = stored
         self._until = until
-        self._release: Callable[[], None] | None = release
+        self._release: Callable[[float], None] | None = release
+        self._filling = filling
+
+    @property
+    def early(self) -> bool:
+        """Whether it was still being filled when it was leased."""
+        return self._filling is not None
+
+    def await_moments(self) -> None:
+        """Wait until all moments are there, of a version that trainers quantize: then its scales are final.
+
+        Raises:
+            LeaseLost: the version was aborted, or the lease's time is up.
+        """
+        self._await(lambda filling: filling.progress.is_measured(filling.attempt))
+
+    def await_boxes(self, needs: Needs) -> None:
+        """Wait until boxes have landed, with their moments. Raises as ``await_moments``."""
+        self._await(lambda filling: filling.progress.has(filling.attempt, needs))
+
+    def _await(self, there: Callable[[Filling], bool]) -> None:
+        self._check()
+        while self._filling is not None and not there(self._filling):
+            if not self._filling.progress.holds(self._filling.attempt):
+                raise LeaseLost(
+                    f"version {self.version} was aborted while it was being read",
+                    remedy="discard what was read under it and lease again",
+                    version=self.version,
+                )
+            time.sleep(LOOK_S)
+            self._check()
 
     @property
     def slot(self) -> torch.Tensor:
@@ -245,20 +331,26 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the version back. May be called twice.
+        """Give the version back. May be called twice. One that was leased early is waited for until it is sealed.
 
         Raises:
             LeaseLost: the lease ended before: what was read under it may be torn, and must be discarded.
+            DeadlineExceeded: the version is not sealed when the lease's time is up; likewise.
         """
         release, self._release = self._release, None
         if release is not None:
-            release()
+            release(max(self._until - time.monotonic(), LEAST_S))
 
     def __enter__(self) -> Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
+        if error is not None and self.early:
+            self._until = time.monotonic()  # nobody waits for the seal of what is not wanted any more
+            with suppress(DeadlineExceeded, LeaseLost):
+                self.release()
+        else:
+            self.release()
 
 
 def _check_inside(name: str, box: Box, shape: tuple[int, ...]) -> None:

@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
-from stagingd.moments import StoredMoments
 from stagingd_vllm.carriers import copy_engine, registered
 from stagingd_vllm.computed import Loading, OwnLoader
 from stagingd_vllm.layouts import Home, LayoutUnknown, homes
+from stagingd_vllm.leased import LeasedVersion
 from stagingd_vllm.plan import ReadPlan, Region
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import Shadow
@@ -39,26 +38,6 @@ class Source(Protocol):
 
     @property
     def slots(self) -> Sequence[torch.Tensor]: ...
-
-
-class LeasedVersion(Protocol):
-    """A version that cannot change while it is read. Leaving its context releases it, and fails when it was lost."""
-
-    version: int
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None, /
-    ) -> None: ...
-
-    @property
-    def slot(self) -> torch.Tensor:
-        """The bytes of its slot, uint8."""
-
-    @property
-    def stored(self) -> StoredMoments:
-        """Its moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +149,7 @@ class Receiver:
             self.check()
             self._version = None
             try:
-                self._writer.write(lease.slot, lease.stored)
+                self._writer.write(lease)
                 self._own_loader.load(lease.slot)
                 self._refresh()
             finally:

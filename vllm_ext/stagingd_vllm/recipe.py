@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stagingd.boxes import Shape
@@ -22,6 +22,9 @@ from stagingd_vllm.schemes import Scheme
 
 PARTS = 8
 """The scales of the first part are worked out before its bytes cross, those of the others meanwhile."""
+
+PARTS_BESIDE = 16
+"""As many as flushes have groups, about: what has landed is read while the next part lands."""
 
 _CELL = {Granularity.TENSOR: (0, 0), Granularity.CHANNEL: (1, 0), Granularity.BLOCK: (128, 128)}
 
@@ -77,14 +80,38 @@ def in_parts(plan: ReadPlan, homes: Mapping[str, Home], parts: int = PARTS) -> I
     plain = [entry for entry in plan.entries if homes[entry.region.parameter].scheme is None]
     if plain:
         yield replace(plan, entries=tuple(plain))
-    quantized: dict[str, list[PlanEntry]] = {}
-    for entry in plan.entries:
-        if homes[entry.region.parameter].scheme is not None:
-            quantized.setdefault(entry.region.parameter, []).append(entry)
-    size = sum(entry.bytes for entries in quantized.values() for entry in entries)
+    quantized = [entry for entry in plan.entries if homes[entry.region.parameter].scheme is not None]
+    yield from _cut(plan, _by_parameter(quantized), parts)
+
+
+def in_slot_order(plan: ReadPlan, catalog: Catalog, parts: int = PARTS_BESIDE) -> Iterator[ReadPlan]:
+    """A plan's reads, cut into plans of whole parameters of about equal bytes, in the order in which they are flushed.
+
+    Args:
+        plan: what is read in boxes.
+        catalog: the stage's.
+        parts: how many there shall be, at most.
+    """
+
+    def last(entries: list[PlanEntry]) -> int:
+        return max(catalog.position(entry.tensor) for entry in entries)
+
+    yield from _cut(plan, sorted(_by_parameter(plan.entries), key=last), parts)
+
+
+def _by_parameter(entries: Iterable[PlanEntry]) -> list[list[PlanEntry]]:
+    found: dict[str, list[PlanEntry]] = {}
+    for entry in entries:
+        found.setdefault(entry.region.parameter, []).append(entry)
+    return list(found.values())
+
+
+def _cut(plan: ReadPlan, parameters: Sequence[list[PlanEntry]], parts: int) -> Iterator[ReadPlan]:
+    """The reads of parameters, in their order."""
+    size = sum(entry.bytes for entries in parameters for entry in entries)
     part: list[PlanEntry] = []
     passed = number = 0
-    for entries in quantized.values():
+    for entries in parameters:
         part += entries
         passed += sum(entry.bytes for entry in entries)
         if passed * parts >= (number + 1) * size:

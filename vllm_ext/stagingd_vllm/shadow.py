@@ -15,9 +15,9 @@ import torch
 
 from stagingd.catalog import Catalog
 from stagingd.errors import StagingError
-from stagingd.moments import StoredMoments
 from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.layouts import Home
+from stagingd_vllm.leased import LeasedVersion
 from stagingd_vllm.plan import ReadPlan
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.writer import Writer
@@ -87,17 +87,16 @@ class Shadow:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
 
-    def write(self, slot: torch.Tensor, stored: StoredMoments) -> None:
+    def write(self, lease: LeasedVersion) -> None:
         """Write a version into the shadow, on a stream of its own; returns when all of it is there.
 
         For a thread beside the one that computes. While it runs, ``copy_to_live`` must not be called.
 
-        Args:
-            slot: the version's bytes, uint8.
-            stored: its moments.
+        Raises:
+            LeaseLost: it was leased early, and aborted. What is in the shadow is of no version then.
         """
         if self._stream is None:
-            return self._writer.write(slot, stored)
+            return self._writer.write(lease)
         with ExitStack() as context:
             context.enter_context(torch.cuda.device(self._device))
             context.enter_context(torch.cuda.stream(self._stream))
@@ -107,7 +106,7 @@ class Shadow:
                 self._stream.wait_event(self._copied)
             if self._through is not None:
                 context.enter_context(self._through.at_work())
-            return self._writer.write(slot, stored)
+            return self._writer.write(lease)
 
     def close(self) -> None:
         """No more versions are written into it. May be called twice."""

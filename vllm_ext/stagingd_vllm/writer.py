@@ -12,19 +12,22 @@ import torch
 
 from stagingd.catalog import Catalog
 from stagingd.moments import StoredMoments
+from stagingd.progress import Needs
 from stagingd_vllm.carriers import Carrier, carrier
 from stagingd_vllm.copy_engine import CopyEngine
 from stagingd_vllm.layouts import Home
+from stagingd_vllm.leased import LeasedVersion
 from stagingd_vllm.live_scales import LiveScales
 from stagingd_vllm.plan import ReadPlan
-from stagingd_vllm.recipe import in_parts, make_recipe
+from stagingd_vllm.recipe import in_parts, in_slot_order, make_recipe
 from stagingd_vllm.scales import ScaleRule
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the parameters: their scales, and who writes their weights."""
+    """Some of the parameters: what has to be there of a version, their scales, and who writes their weights."""
 
+    needs: Needs
     scales: LiveScales
     weights: Carrier
 
@@ -38,7 +41,8 @@ class Writer:
         catalog: the stage's.
         rule: how scales follow from moments.
         device: where the parameters are.
-        beside: whether the device computes meanwhile; then the writes take the smallest share that they can.
+        beside: whether the device computes meanwhile; then the writes take the smallest share that they can, and go in
+            the order in which trainers flush.
         through: what brings the weights' bytes to the device; kernels read them from the slot without it.
 
     Raises:
@@ -57,31 +61,41 @@ class Writer:
         through: CopyEngine | None = None,
     ) -> None:
         self._beside = beside
+        self._device = device
         self._through = through
+        self._trainers_quantize = catalog.format is not None
         self._parts = []
-        for part in in_parts(plan, homes):
+        for part in in_slot_order(plan, catalog) if beside else in_parts(plan, homes):
+            needs = Needs.of(catalog, {entry.tensor for entry in part.entries})
             recipe = make_recipe(part, homes, catalog, rule)
             scales = LiveScales(recipe, device, beside=beside)
             if through is None:
                 weights: Carrier = carrier(recipe.moves, device, beside=beside)
             else:
                 weights = through.carrier(recipe.moves, beside=beside)
-            self._parts.append(Part(scales, weights))
+            self._parts.append(Part(needs, scales, weights))
 
-    def write(self, slot: torch.Tensor, stored: StoredMoments) -> None:
+    def write(self, lease: LeasedVersion) -> None:
         """Write a version; on a GPU this is work of the current stream, and has to be done before the next.
 
-        Args:
-            slot: the version's bytes, uint8.
-            stored: its moments.
+        Raises:
+            LeaseLost: it was leased early, and aborted.
         """
-        if self._beside:
+        slot, stored = lease.slot, lease.stored
+        if not self._beside:
+            self._write_in_place(slot, stored)
+        elif lease.early and not self._trainers_quantize:
+            self._write_as_it_lands(lease)
+        else:
             # A copy that waits for a kernel holds up all later copies to the device, the engine's too: so these first.
+            lease.await_moments()
             for part in self._parts:
                 part.scales.set(slot, stored)
             for part in self._parts:
+                lease.await_boxes(part.needs)
                 part.weights.carry(slot)
-            return
+
+    def _write_in_place(self, slot: torch.Tensor, stored: StoredMoments) -> None:
         if self._through is not None:
             self._through.begin()
         # The scales of a part are worked out while the bytes of the one before cross.
@@ -89,3 +103,12 @@ class Writer:
             with self._through.ahead() if self._through else nullcontext():
                 part.scales.set(slot, stored)
             part.weights.carry(slot)
+
+    def _write_as_it_lands(self, lease: LeasedVersion) -> None:
+        """Moments come with the boxes, so scales go between the copies: once no kernel is waited for."""
+        for part in self._parts:
+            lease.await_boxes(part.needs)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream(self._device).synchronize()
+            part.scales.set(lease.slot, lease.stored)
+            part.weights.carry(lease.slot)
