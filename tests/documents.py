@@ -64,6 +64,14 @@ def inline_code(page: Path) -> Iterator[str]:
         yield from (part.content for part in token.children or () if part.type == "code_inline")
 
 
+def links(page: Path) -> Iterator[str]:
+    """Where a page's links lead."""
+    for token in _tokens(page.read_text()):
+        for part in token.children or ():
+            if part.type == "link_open":
+                yield str(part.attrs["href"])
+
+
 def tables(text: str) -> list[list[list[str]]]:
     """Every table of a page: rows of cells, the head first, as they are written."""
     found: list[list[list[str]]] = []

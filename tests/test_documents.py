@@ -15,10 +15,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from documents import ROOT, Block, blocks, inline_code, pages, tables
+from documents import GENERATED, ROOT, Block, blocks, inline_code, links, pages, tables
 from engine_environment import engine_environment
 from read_commands import NOT_RUN, known_command
 from signed import NEWEST
@@ -174,6 +175,14 @@ def test_commands_in_the_text_exist() -> None:
                 found += 1
                 known_command(words[1:])
     assert found > 10
+
+
+def test_links_lead_to_files_that_are_there() -> None:
+    for page in pages():
+        for href in links(page):
+            path = page.parent / href.partition("#")[0]
+            generated = path.resolve().parent == GENERATED
+            assert generated or urlsplit(href).scheme or path.exists(), f"{page}: {href}"
 
 
 def rows(page: str, head: str) -> list[list[str]]:
