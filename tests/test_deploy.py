@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from daemons import DEADLINE_S, RunningDaemon
+from daemons import DEADLINE_S, RunningDaemon, serving
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -202,24 +202,25 @@ def test_the_memory_limit_has_room_for_two_copies(daemonset: dict[str, Any]) -> 
     assert limit >= 2 * MODEL_BYTES * 1.007 + 3 * 2**30
 
 
-def test_a_pod_that_ends_hands_over_before_it_is_told_to_stop(
-    daemonset: dict[str, Any], own_daemon: RunningDaemon
-) -> None:
+def test_a_pod_that_ends_hands_over_before_it_is_told_to_stop(daemonset: dict[str, Any], tmp_path: Path) -> None:
     """The hook is what the kubelet runs first; when it returns, SIGTERM follows, which would give the memory back."""
+    *shell, script = container(daemonset)["lifecycle"]["preStop"]["exec"]["command"]
+    with serving(tmp_path / "run") as daemon, ThreadPoolExecutor(1) as waiting:
+        declare_a_stage(daemon)
+        hook = [*shell, script.replace("/run/stagingd", str(daemon.folder))]
+        pid = daemon.pid
+        ended = waiting.submit(daemon.process.wait, DEADLINE_S)  # else it would stay, to be asked for its status
+        assert subprocess.run(hook, stderr=subprocess.DEVNULL, timeout=DEADLINE_S, check=False).returncode == 0
+        assert not Path(f"/proc/{pid}").exists()
+        assert ended.result() == 0
+        daemon.restart()
+        assert daemon.stage("policy").tensors == 1
+
+
+def declare_a_stage(daemon: RunningDaemon) -> None:
     w = TensorDeclaration(name="w", dtype="bfloat16", shape=(8, 4), boxes=(whole((8, 4)),))
     declare = wire.Declare(
         stage="policy", rank=0, ranks=1, options=wire.StageOptions(), tensors=(w,), timeout_s=DEADLINE_S
     )
-    with Connection(own_daemon.socket, name="trainer rank 0") as trainer:
+    with Connection(daemon.socket, name="trainer rank 0") as trainer:
         trainer.request(declare, wire.Declared, timeout_s=DEADLINE_S)
-    *shell, script = container(daemonset)["lifecycle"]["preStop"]["exec"]["command"]
-    hook = [*shell, script.replace("/run/stagingd", str(own_daemon.folder))]
-    pid = own_daemon.pid
-    with ThreadPoolExecutor(1) as waiting:
-        ended = waiting.submit(own_daemon.process.wait, DEADLINE_S)  # else it would stay, to be asked for its status
-        assert subprocess.run(hook, stderr=subprocess.DEVNULL, timeout=DEADLINE_S, check=False).returncode == 0
-        assert not Path(f"/proc/{pid}").exists()
-        assert ended.result() == 0
-    assert own_daemon.segments()
-    own_daemon.restart()
-    assert own_daemon.stage("policy").tensors == 1
