@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -31,6 +31,7 @@ from stagingd_vllm.prefetcher import Prefetcher
 from stagingd_vllm.quantization_error import quantization_errors, summed
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
+from stagingd_vllm.reporter import Reporter
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
@@ -66,6 +67,7 @@ class Attachment:
         shadow: what versions are prefetched into; without it they are read in place.
         in_place_because: why there is no shadow.
         groups: their product is the engine.
+        reporter: tells the daemon what was made live; without it nobody is told.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Attachment:
         shadow: Shadow | None = None,
         in_place_because: str = NOT_ASKED_FOR,
         groups: Sequence[Voters] = (),
+        reporter: Reporter | None = None,
     ) -> None:
         self.place = place
         self.reader = reader
@@ -86,6 +89,7 @@ class Attachment:
         self._in_place_because = in_place_because
         self._prefetcher = Prefetcher(reader, self._write_to_shadow)
         self._groups = groups
+        self._reporter = reporter
         self._seen: torch.Tensor | None = None
 
     @classmethod
@@ -142,7 +146,8 @@ class Attachment:
             shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib, through)
             undo.pop_all()
         groups = groups_of(vllm_config.parallel_config)
-        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups)
+        reporter = Reporter(stage, place.engine, place.rank, socket)
+        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups, reporter)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -163,7 +168,12 @@ class Attachment:
             lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
             report = self.receiver.apply(lease)
         self._seen = self._witness.look()
+        self._tell("updated", report.version, report.bytes_read, report.seconds_read)
         return report
+
+    def _tell(self, what: Literal["swapped", "updated"], version: int, size: int, seconds: float) -> None:
+        if self._reporter is not None:
+            self._reporter.tell(what, version, size, seconds)
 
     def prefetch(
         self,
@@ -231,7 +241,9 @@ class Attachment:
         if follow:
             self._prefetcher.start(version=None, newer_than=there, early=early, timeout_s=FOLLOW_S)
         self._seen = self._witness.look()
-        return SwapReport(there, shadow.bytes, time.perf_counter() - started)
+        report = SwapReport(there, shadow.bytes, time.perf_counter() - started)
+        self._tell("swapped", there, shadow.bytes, report.seconds)
+        return report
 
     def _require_shadow(self) -> Shadow:
         if self._shadow is None:
@@ -319,6 +331,8 @@ class Attachment:
             DeadlineExceeded: a version is being prefetched, and does not end.
         """
         self._prefetcher.close(READ_S)
+        if self._reporter is not None:
+            self._reporter.close()
         if self._shadow is not None:
             self._shadow.close()
         self.receiver.close()
