@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from stagingd.record import Record
+from stagingd.totals import Totals
 
 VERSIONS: Final = 256
 """Versions that are remembered, each time that one was begun counted by itself."""
@@ -100,6 +101,7 @@ class _Entry:
     aborted_s: float | None = None
     reason: str = ""
     spans: dict[Key, _Times] = field(default_factory=dict)
+    made: VersionHistory | None = None
 
     def open(self, *, what: What, who: str | None = None) -> Iterator[_Times]:
         """The spans of a kind that are under way, of one engine or of all."""
@@ -108,7 +110,12 @@ class _Entry:
                 yield times
 
     def record(self) -> VersionHistory:
-        """As it is now."""
+        """As it is now. Made once as long as nothing happens: many are asked for, again and again."""
+        if self.made is None:
+            self.made = self._record()
+        return self.made
+
+    def _record(self) -> VersionHistory:
         spans = tuple(
             Span(what=what, who=who, rank=rank, begin_s=times.begin_s, end_s=times.end_s, bytes=times.bytes)
             for (what, who, rank), times in self.spans.items()
@@ -131,9 +138,15 @@ class History:
 
     Args:
         ranks: how many trainer ranks fill a version together.
+
+    Attributes:
+        totals: of all versions since the daemon began, also of those that are remembered no more.
+        lost_leases: how many leases were taken away.
     """
 
     def __init__(self, ranks: int) -> None:
+        self.totals: Totals[What] = Totals()
+        self.lost_leases = 0
         self._room = 2 * ranks + 1 + READER_SPANS
         self._entries: dict[int, _Entry] = {}
         self._spans = 0
@@ -158,15 +171,16 @@ class History:
     def measured(self, version: int, now: float) -> None:
         """All trainer ranks have stored their moments."""
         entry = self._find(version)
-        for times in entry.open(what="measure") if entry else ():
-            times.end_s = now
+        if entry is not None:
+            for times in entry.open(what="measure"):
+                self._end(entry, "measure", times, now)
 
     def committed(self, version: int, rank: int, size: int, now: float) -> None:
         """A trainer rank has put all its boxes, of ``size`` bytes."""
         entry = self._find(version)
         times = entry and entry.spans.get(("fill", TRAINER, rank))
-        if times and times.end_s is None:
-            times.end_s, times.bytes = now, size
+        if entry and times and times.end_s is None:
+            self._end(entry, "fill", times, now, size)
 
     def sealed(self, version: int, now: float) -> None:
         """The version is complete."""
@@ -177,7 +191,7 @@ class History:
         entry.sealed_s = now
         self._begin(entry, ("seal", DAEMON, 0), max(commits, default=now))
         for times in entry.open(what="seal"):
-            times.end_s = now
+            self._end(entry, "seal", times, now)
 
     def aborted(self, version: int, reason: str, now: float) -> None:
         """The version was given up: nobody goes on with it."""
@@ -187,10 +201,12 @@ class History:
         entry.aborted_s, entry.reason = now, reason[:REASON_CHARACTERS]
         for times in entry.spans.values():
             times.end_s = now if times.end_s is None else times.end_s
+        entry.made = None
 
     def taken_over(self, version: int, attempt: int, *, sealed: bool, now: float) -> None:
         """A daemon that has ended left this version."""
-        self._entry(version, attempt, now).sealed_s = now if sealed else None
+        entry = self._entry(version, attempt, now)
+        entry.sealed_s, entry.made = now if sealed else None, None
 
     # Readers
 
@@ -205,13 +221,16 @@ class History:
         for entry in self._entries.values():
             times = entry.spans.get(("read", engine, rank))
             if times and times.end_s is None:
-                times.end_s = now
+                self._end(entry, "read", times, now)
 
     def lease_lost(self, version: int, engine: str, now: float) -> None:
         """A lease was taken away from all ranks of an engine."""
+        self.lost_leases += 1
         entry = self._find(version)
         for times in entry.open(what="read", who=engine) if entry else ():
             times.end_s = now
+        if entry is not None:
+            entry.made = None
 
     def reported(
         self,
@@ -228,6 +247,7 @@ class History:
         entry = self._find(version)
         if entry is not None:
             self._put(entry, (what, engine, rank), _Times(end_s - seconds, end_s, size))
+            self.totals.add(what, seconds, size)
 
     # Entries
 
@@ -247,12 +267,16 @@ class History:
         if times is None or times.end_s is not None:
             self._put(entry, key, _Times(now))
 
+    def _end(self, entry: _Entry, what: What, times: _Times, now: float, size: int | None = None) -> None:
+        times.end_s, times.bytes, entry.made = now, size, None
+        self.totals.add(what, now - times.begin_s, size)
+
     def _put(self, entry: _Entry, key: Key, times: _Times) -> None:
         if key not in entry.spans:
             if len(entry.spans) >= self._room:
                 return  # engines under ever new names: those that came first stay
             self._spans += 1
-        entry.spans[key] = times
+        entry.spans[key], entry.made = times, None
         self._forget()
 
     def _forget(self) -> None:

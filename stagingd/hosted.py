@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import structlog
@@ -24,7 +25,9 @@ from stagingd.errors import (
     TooManyPeers,
     VersionAborted,
 )
+from stagingd.health import Health
 from stagingd.history import History
+from stagingd.layers import Layers
 from stagingd.nonfinite import nonfinite_tensors
 from stagingd.segment import Segment
 from stagingd.session import Session
@@ -83,6 +86,7 @@ class HostedStage:
         self.engines: dict[str, Engine] = {}
         self.buffer = DoubleBuffer(ranks, options.policy)
         self.history = History(ranks)
+        self.health = Health()
         self.sealed_versions = 0
         self.aborted_versions = 0
         self.begins_kept_waiting = 0
@@ -98,6 +102,11 @@ class HostedStage:
     def ready(self) -> bool:
         """Whether all ranks have declared and the memory is there."""
         return self.segment is not None
+
+    @cached_property
+    def layers(self) -> Layers:
+        """By which its health is told. Raises OutOfOrder: it is not declared yet."""
+        return Layers.from_tensors([tensor.name for tensor in self._segment().catalog.tensors])
 
     @property
     def deserted(self) -> bool:
@@ -197,6 +206,8 @@ class HostedStage:
             if slot.version is not None:
                 filling = slot.state is SlotState.FILLING
                 self.history.taken_over(slot.version, slot.attempt, sealed=not filling, now=now)
+                if not filling:
+                    self.health.sealed(slot.version, slot.attempt)
                 for rank in slot.begun - slot.committed if filling else ():
                     self.history.begun(slot.version, slot.attempt, rank, now)
         for lease in self.buffer.leases.values():
@@ -436,6 +447,7 @@ class HostedStage:
         segment.progress(filling.index).sealed(filling.attempt)
         self.sealed_versions += 1
         self.history.sealed(version, self._clock())
+        self.health.sealed(version, filling.attempt)
         self._tell("sealed", version, "")
 
     def _refuse(self, version: int, tensors: str, first: str) -> None:
@@ -597,6 +609,9 @@ class HostedStage:
                 stage=self.name,
                 rank=message.rank,
             )
+        self.health.reported(self.layers, message.version, message.engine, message.rank, message.errors)
+        if message.what == "examined":
+            return wire.Done()
         self.history.reported(
             message.version,
             "swap" if message.what == "swapped" else "update",

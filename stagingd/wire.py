@@ -22,7 +22,9 @@ from stagingd.boxes import Box
 from stagingd.catalog import GridName, TensorDeclaration
 from stagingd.errors import Context, MessageRefused, MessageTooLarge, StagingError, from_code
 from stagingd.formats import Quantization
+from stagingd.health import LayerError
 from stagingd.history import VERSIONS, VersionHistory
+from stagingd.layers import MOST_LAYERS
 from stagingd.moments import ALL_GRIDS
 from stagingd.policy import Policy
 from stagingd.record import Elapsed, Name, Rank, RankCount, Record, Seconds, StageName, Version
@@ -193,7 +195,7 @@ class History(Record):
 
 
 class Report(Record):
-    """A worker of an engine tells that it has made a version live. Answered by Done.
+    """A worker of an engine tells that it has made a version live, or has examined one. Answered by Done.
 
     It may come by another connection of the same process than the one by which the worker reads.
 
@@ -201,6 +203,7 @@ class Report(Record):
         seconds: for how long that kept the engine from generating.
         bytes: how many were written to the live weights.
         ago_s: how long ago it was done, when this is sent, in seconds.
+        errors: what quantization costs in the worker's slice, where it was examined.
     """
 
     kind: Literal["report"] = "report"
@@ -208,10 +211,11 @@ class Report(Record):
     engine: Name
     rank: Rank
     version: Version
-    what: Literal["swapped", "updated"]
+    what: Literal["swapped", "updated", "examined"]
     seconds: Elapsed
     bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
     ago_s: Elapsed = 0.0
+    errors: Annotated[tuple[LayerError, ...], Field(max_length=MOST_LAYERS), FailFast()] = ()
 
 
 class Drop(Record):
@@ -317,21 +321,36 @@ class Done(Record):
 
 
 class LeaseStatus(Record):
-    """A lease, for people: who reads which version, since when."""
+    """A lease, for people: who reads which version, since when. ``reading_ranks`` may be reading now."""
 
     lease: int
     engine: str
     version: int
     awaited_ranks: tuple[int, ...]
+    reading_ranks: tuple[int, ...]
     age_s: float
 
 
 class SlotStatus(Record):
-    """A slot, for people."""
+    """A slot, for people: which trainer ranks have begun, measured and committed what it holds."""
 
     state: str
     version: int | None
+    begun_ranks: tuple[int, ...]
+    measured_ranks: tuple[int, ...]
     committed_ranks: tuple[int, ...]
+
+
+class WaitingStatus(Record):
+    """A request that waits, for people: whose, for what, from whom, and for how long already."""
+
+    who: str
+    what: str
+    peers: tuple[str, ...]
+    waited_s: float
+
+    def __str__(self) -> str:
+        return f"{self.who} waits for {self.what} from {', '.join(self.peers)} since {self.waited_s:.1f} s"
 
 
 class StageStatus(Record):
@@ -347,7 +366,7 @@ class StageStatus(Record):
     segment_bytes: int
     slots: tuple[SlotStatus, ...]
     leases: tuple[LeaseStatus, ...]
-    waiting: tuple[str, ...]
+    waiting: tuple[WaitingStatus, ...]
     sealed_versions: int
     aborted_versions: int
     begins_kept_waiting: int

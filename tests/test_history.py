@@ -20,6 +20,7 @@ from stagingd import wire
 from stagingd.connection import Connection
 from stagingd.errors import DaemonUnreachable, MessageRefused, OutOfOrder
 from stagingd.history import History, Span, VersionHistory
+from stagingd.totals import BOUNDS_S
 
 WEIGHTS = {"w": torch.ones(8, 4)}
 
@@ -76,6 +77,45 @@ def test_a_lease_that_is_lost_ends_the_reads_of_its_engine_alone() -> None:
     history.lease_lost(7, "a", 3.0)
     found = spans(history.versions(1)[0])
     assert (found["read", "a", 0].end_s, found["read", "b", 0].end_s) == (3.0, None)
+
+
+def test_totals_outlive_the_versions_that_they_are_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "VERSIONS", 1)
+    history = History(ranks=1)
+    for version in range(3):
+        history.begun(version, version, 0, 10.0)
+        history.committed(version, 0, 100, 10.3)
+        history.sealed(version, 10.3)
+        history.leased(version, "e", 0, 11.0)
+        history.released("e", 0, 11.004)
+        history.reported(version, "swap", "e", 0, end_s=12.0, seconds=0.002, size=7)
+    history.begun(9, 9, 0, 20.0)
+    history.aborted(9, "why", 21.0)
+    totals = history.totals.so_far()
+    assert {what: (one.count, one.bytes) for what, one in totals.items()} == {
+        "fill": (3, 300),
+        "seal": (3, 0),
+        "read": (3, 0),
+        "swap": (3, 21),
+    }
+    assert totals["fill"].seconds == pytest.approx(0.9)
+    assert totals["fill"].counts[BOUNDS_S.index(0.5)] == 3
+    assert totals["swap"].counts[BOUNDS_S.index(0.0025)] == 3
+
+
+def test_what_is_told_of_a_version_is_made_anew_when_something_happens() -> None:
+    history = History(ranks=1)
+    history.begun(1, 1, 0, 1.0)
+    [before] = history.versions(1)
+    assert history.versions(1)[0] is before
+    history.committed(1, 0, 5, 2.0)
+    history.sealed(1, 2.5)
+    history.leased(1, "e", 0, 3.0)
+    [leased] = history.versions(1)
+    history.lease_lost(1, "e", 4.0)
+    assert (leased.sealed_s, spans(leased)["read", "e", 0].end_s) == (2.5, None)
+    assert spans(history.versions(1)[0])["read", "e", 0].end_s == 4.0
+    assert history.lost_leases == 1
 
 
 told = st.one_of(

@@ -10,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
+from stagingd.health import LayerError
+from stagingd.layers import Layers
 from stagingd_vllm.beside import paced
 from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.derived import made_anew, refresh_derived
@@ -28,10 +30,10 @@ from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.place import Place, groups_of
 from stagingd_vllm.plan import staged_tensors
 from stagingd_vllm.prefetcher import Prefetcher
-from stagingd_vllm.quantization_error import quantization_errors, summed
+from stagingd_vllm.quantization_error import Errors, layer_errors, summed, tensor_errors
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
-from stagingd_vllm.reporter import Reporter
+from stagingd_vllm.reporter import Reporter, Told
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
@@ -171,9 +173,9 @@ class Attachment:
         self._tell("updated", report.version, report.bytes_read, report.seconds_read)
         return report
 
-    def _tell(self, what: Literal["swapped", "updated"], version: int, size: int, seconds: float) -> None:
+    def _tell(self, what: Told, version: int, size: int, seconds: float, errors: tuple[LayerError, ...] = ()) -> None:
         if self._reporter is not None:
-            self._reporter.tell(what, version, size, seconds)
+            self._reporter.tell(what, version, size, seconds, errors)
 
     def prefetch(
         self,
@@ -283,9 +285,12 @@ class Attachment:
         version = self.version
         if version is None:
             raise OutOfOrder("the weights hold no version of the stage", remedy="call stagingd_update first")
+        started = time.perf_counter()
         rules = {rule: ScaleRule.parse(rule) for rule in (self.scale_rule, "amax")}
         with self._prefetcher.aside(), self._leased_again(version, timeout_s) as lease:
-            found = quantization_errors(self.receiver.plan, self.receiver.homes, self.reader.catalog, lease, rules)
+            told = tensor_errors(self.receiver.plan, self.receiver.homes, self.reader.catalog, lease, rules)
+        found = {name: summed(errors.values()) for name, errors in told.items()}
+        self._tell("examined", version, 0, time.perf_counter() - started, self._by_layer(told.values()))
         return {
             "version": version,
             "rank": self.place.rank,
@@ -295,6 +300,11 @@ class Attachment:
                 name: {rule: error.figures() for rule, error in errors.items()} for name, errors in found.items()
             },
         }
+
+    def _by_layer(self, found: Iterable[Mapping[str, Errors]]) -> tuple[LayerError, ...]:
+        """What the worker's own scale rule costs in the layers of the stage."""
+        layers = Layers.from_tensors([tensor.name for tensor in self.reader.catalog.tensors])
+        return layer_errors(layers, ((name, errors[self.scale_rule]) for one in found for name, errors in one.items()))
 
     def _leased_again(self, version: int, timeout_s: float) -> LeasedVersion:
         try:

@@ -20,6 +20,7 @@ from typing import Final, Literal
 from stagingd import wire
 from stagingd.connection import Connection
 from stagingd.errors import DaemonUnreachable, StagingError
+from stagingd.health import LayerError
 
 LONGEST_QUEUE: Final = 64
 """Reports that may wait to be sent: more than a daemon that is restarted misses."""
@@ -27,17 +28,20 @@ LONGEST_QUEUE: Final = 64
 CLOSING_S: Final = 30.0
 """The longest that leaving may take, in seconds: the daemon's answer to what is being sent."""
 
+Told = Literal["swapped", "updated", "examined"]
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class _Told:
+class _Report:
     """What is to be sent, and when it was done, on this process's monotonic clock in seconds."""
 
-    what: Literal["swapped", "updated"]
+    what: Told
     version: int
     size: int
     seconds: float
+    errors: tuple[LayerError, ...]
     done_s: float
 
 
@@ -62,23 +66,24 @@ class Reporter:
         self._stage, self._engine, self._rank = stage, engine, rank
         self._socket = socket
         self._connect = connect
-        self._queue: queue.SimpleQueue[_Told | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Report | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def tell(self, what: Literal["swapped", "updated"], version: int, size: int, seconds: float) -> None:
+    def tell(self, what: Told, version: int, size: int, seconds: float, errors: tuple[LayerError, ...] = ()) -> None:
         """Have it sent, and return at once.
 
         Args:
-            what: how the version was made live.
+            what: how the version was made live; or that it was looked at.
             version: which.
             size: bytes written to the live weights.
             seconds: for how long the engine was kept from generating.
+            errors: what was found, by layer.
         """
         if self._closed or self._queue.qsize() >= LONGEST_QUEUE:
             logger.warning("stage %s: that version %d was %s is not reported", self._stage, version, what)
             return
-        self._queue.put(_Told(what, version, size, seconds, time.monotonic()))
+        self._queue.put(_Report(what, version, size, seconds, errors, time.monotonic()))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="stagingd-reports", daemon=True)
             self._thread.start()
@@ -108,7 +113,7 @@ class Reporter:
         if connection is not None:
             connection.close()
 
-    def _report(self, told: _Told) -> wire.Report:
+    def _report(self, told: _Report) -> wire.Report:
         return wire.Report(
             stage=self._stage,
             engine=self._engine,
@@ -118,4 +123,5 @@ class Reporter:
             seconds=told.seconds,
             bytes=told.size,
             ago_s=time.monotonic() - told.done_s,
+            errors=told.errors,
         )
