@@ -57,6 +57,10 @@ def serve(
         float | None,
         typer.Option(help="Serve clients in pid namespaces that the daemon does not see, dead after so much silence."),
     ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Serve metrics, health and the status page over HTTP at this port.")
+    ] = None,
+    http_host: Annotated[str | None, typer.Option(help="Address at which they are served.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="json or console.")] = None,
 ) -> None:

@@ -30,6 +30,7 @@ from stagingd.errors import (
     StagingError,
     UnknownStage,
 )
+from stagingd.examination import Examiner
 from stagingd.hosted import HostedStage, Question, Tell
 from stagingd.liveness import Processes
 from stagingd.pending import Pending, overdue
@@ -65,6 +66,7 @@ class Service:
         processes: watches the clients' processes.
         submit: has memory made in the background; ``settle`` is to be called when it is done.
         wall_clock: seconds since 1970, for people.
+        examiner: has sealed versions looked at; without it nobody does.
     """
 
     settings: Settings
@@ -73,6 +75,7 @@ class Service:
     processes: Processes
     submit: Submit
     wall_clock: Callable[[], float] = time.time
+    examiner: Examiner | None = None
     stages: dict[str, HostedStage] = field(default_factory=dict)
     pending: dict[Session, Pending] = field(default_factory=dict)
     refused_messages: int = 0
@@ -313,6 +316,8 @@ class Service:
         """Deal with what time has brought. To be called when a deadline passes or memory has been made."""
         now = self.clock()
         self._see_what_is_locked()
+        if self.examiner is not None:
+            self.examiner.mind(self.stages.values())
         for stage in self.stages.values():
             stage.end_leases(now)
         for session in self.sessions:
