@@ -317,21 +317,36 @@ class Done(Record):
 
 
 class LeaseStatus(Record):
-    """A lease, for people: who reads which version, since when."""
+    """A lease, for people: who reads which version, since when. ``reading_ranks`` may be reading now."""
 
     lease: int
     engine: str
     version: int
     awaited_ranks: tuple[int, ...]
+    reading_ranks: tuple[int, ...]
     age_s: float
 
 
 class SlotStatus(Record):
-    """A slot, for people."""
+    """A slot, for people: which trainer ranks have begun, measured and committed what it holds."""
 
     state: str
     version: int | None
+    begun_ranks: tuple[int, ...]
+    measured_ranks: tuple[int, ...]
     committed_ranks: tuple[int, ...]
+
+
+class WaitingStatus(Record):
+    """A request that waits, for people: whose, for what, from whom, and for how long already."""
+
+    who: str
+    what: str
+    peers: tuple[str, ...]
+    waited_s: float
+
+    def __str__(self) -> str:
+        return f"{self.who} waits for {self.what} from {', '.join(self.peers)} since {self.waited_s:.1f} s"
 
 
 class StageStatus(Record):
@@ -347,7 +362,7 @@ class StageStatus(Record):
     segment_bytes: int
     slots: tuple[SlotStatus, ...]
     leases: tuple[LeaseStatus, ...]
-    waiting: tuple[str, ...]
+    waiting: tuple[WaitingStatus, ...]
     sealed_versions: int
     aborted_versions: int
     begins_kept_waiting: int
