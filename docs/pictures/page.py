@@ -1,17 +1,33 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the picture of the status page, from a daemon at work: ``python docs/pictures/page.py [FILE]``."""
+"""Makes page.png: what the status page shows of a real run, on the machine that this is started on.
+
+    PYTHONPATH=client:vllm_ext:.:tests python docs/pictures/page.py
+
+See ``scene.py`` for what is done there. It needs Debian's packages chromium and chromium-driver.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
 from pathlib import Path
 
 from browser import chromium
+from PIL import Image
 from scene import daemon, play
 from selenium.webdriver.support.wait import WebDriverWait
 
 HERE = Path(__file__).parent
+
+
+def small(picture: bytes) -> bytes:
+    """The same with 128 colours: a page has no more that matter."""
+    made = io.BytesIO()
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(
+        made, "PNG", optimize=True
+    )
+    return made.getvalue()
 
 
 def main() -> None:
@@ -25,8 +41,7 @@ def main() -> None:
     with daemon() as scene, play(scene, given.versions), chromium(1280, given.height, dark=given.dark) as browser:
         browser.get(f"http://127.0.0.1:{scene.port}/")
         WebDriverWait(browser, 20).until(lambda b: b.find_elements("css selector", "#layers tbody tr"))
-        browser.save_screenshot(str(given.file))
-        print(*browser.get_log("browser"), sep="\n")
+        given.file.write_bytes(small(browser.get_screenshot_as_png()))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ const COLUMNS = [
 const FACTOR = 4, MOST_CLIPPED = 0.01, MOST_ERROR = 0.1, LEAST_VERSIONS = 4;
 
 const page = {
-  stage: null, stages: [], now: 0, heard: 0, late: null,
+  pid: null, stage: null, now: 0, heard: 0, next: null,
   health: { layers: [], revision: 0, versions: new Map() },
   sort: { key: "notable", down: true }, selected: null,
 };
@@ -85,6 +85,8 @@ function ranks(some, count) {
 // Now
 
 function showDaemon(told) {
+  if (told.pid !== page.pid) forget(); // another daemon counts its revisions by itself
+  page.pid = told.pid;
   at("daemon").textContent = `pid ${told.pid}, up ${duration(told.uptime_s)}, ${told.connections} connections`;
   const names = told.stages.map((stage) => stage.stage), chooser = at("stage");
   if (names.join("\n") !== [...chooser.options].map((option) => option.value).join("\n")) {
@@ -100,6 +102,10 @@ function choose(stage) {
   if (stage === page.stage) return;
   page.stage = stage;
   page.selected = null;
+  forget();
+}
+
+function forget() {
   page.health = { layers: [], revision: 0, versions: new Map() };
 }
 
@@ -307,8 +313,10 @@ function showHealth() {
   const wanted = at("filter").value.toLowerCase(), only = at("only-notable").checked, all = courses();
   const notable = all.filter((layer) => Object.keys(layer.marks).length);
   const shown = sorted((only ? notable : all).filter((layer) => layer.layer.toLowerCase().includes(wanted)));
-  at("layers").tBodies[0].replaceChildren(...shown.map(layerRow));
-  at("layers").tHead.rows[0].replaceChildren(heading("layer", "Layer"), ...COLUMNS.map(({ key, title }) => heading(key, title)));
+  const body = at("layers").tBodies[0], held = body.contains(document.activeElement) ? document.activeElement.textContent : null;
+  body.replaceChildren(...shown.map(layerRow));
+  if (held !== null) [...body.querySelectorAll("button")].find((button) => button.textContent === held)?.focus();
+  for (const head of at("layers").tHead.rows[0].cells) markSorted(head);
   at("notable-first").setAttribute("aria-pressed", String(page.sort.key === "notable"));
   const text = `${shown.length} of ${all.length} layers; ${notable.length} notable`;
   if (at("shown").textContent !== text) at("shown").textContent = text;
@@ -327,16 +335,20 @@ function note() {
 }
 
 function heading(key, title) {
-  const button = element("button", { type: "button", onclick: () => sortBy(key) }, title), made = element("th", { scope: "col" }, button);
-  button.dataset.key = key;
-  if (page.sort.key === key) made.setAttribute("aria-sort", page.sort.down === (key === "layer") ? "ascending" : "descending");
+  const made = element("th", { scope: "col" }, element("button", { type: "button", onclick: () => sortBy(key) }, title));
+  made.dataset.key = key;
   return made;
+}
+
+function markSorted(head) {
+  const { key, down } = page.sort;
+  if (head.dataset.key === key) head.setAttribute("aria-sort", down === (key === "layer") ? "ascending" : "descending");
+  else head.removeAttribute("aria-sort");
 }
 
 function sortBy(key) {
   page.sort = { key, down: page.sort.key === key ? !page.sort.down : true };
   showHealth();
-  document.querySelector(`#layers thead button[data-key="${key}"]`).focus();
 }
 
 function select(layer) {
@@ -389,7 +401,7 @@ async function look() {
 async function lookAtHealth(stage) {
   const known = page.health, told = await ask("health", { stage, since: known.revision });
   if (known !== page.health || (told.revision === known.revision && known.layers.length === told.layers.length)) return;
-  if (told.revision < known.revision) return void (page.health = { layers: [], revision: 0, versions: new Map() }); // a new daemon
+  if (told.revision < known.revision || (known.layers.length && known.layers.join("\n") !== told.layers.join("\n"))) return forget(); // declared anew
   for (const version of told.versions) known.versions.set(version.version, version);
   for (const version of [...known.versions.keys()]) if (!told.kept.includes(version)) known.versions.delete(version);
   known.layers = told.layers;
@@ -404,6 +416,7 @@ function say(text, lost) {
 }
 
 async function loop() {
+  page.next = null;
   try {
     if (!document.hidden) {
       await look();
@@ -414,13 +427,22 @@ async function loop() {
     const since = page.heard ? `, for ${duration(Math.round((performance.now() - page.heard) / 1000))}` : "";
     say(`No answer from the daemon${since}: ${error.message}`, true);
   }
-  setTimeout(loop, POLL_MS);
+  page.next = setTimeout(loop, POLL_MS);
 }
 
-at("stage").addEventListener("change", () => choose(at("stage").value));
+function again() {
+  // At once, unless it is being asked anyway.
+  if (page.next === null) return;
+  clearTimeout(page.next);
+  loop();
+}
+
+at("stage").addEventListener("change", () => { choose(at("stage").value); again(); });
+at("last").addEventListener("change", () => again());
 at("filter").addEventListener("input", showHealth);
 at("only-notable").addEventListener("change", showHealth);
 at("notable-first").addEventListener("click", () => { page.sort = { key: page.sort.key === "notable" ? "layer" : "notable", down: true }; showHealth(); });
 at("detail-close").addEventListener("click", () => { page.selected = null; showHealth(); at("filter").focus(); });
+at("layers").tHead.rows[0].append(heading("layer", "Layer"), ...COLUMNS.map(({ key, title }) => heading(key, title)));
 showLegend();
 loop();
