@@ -73,9 +73,9 @@ class LayerHealth(Record):
     relative_error: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VersionHealth:
-    """What is known of one version.
+    """What is known of one version. Equal is only itself: it never changes, and what is made of it can be kept.
 
     Attributes:
         version, attempt: which; see ``stagingd.progress``.

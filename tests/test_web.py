@@ -28,6 +28,7 @@ from stagingd_vllm.reporter import Reporter
 from stagingd import wire
 from stagingd.health import LayerError
 from stagingd.web import server as web
+from stagingd.web.answers import MOST_ANSWERS, Answerer
 from stagingd.web.board import Board, LoopBusy
 from stagingd.web.server import MOST_REQUESTS, PortRefused, Server
 from stagingd.web.snapshot import Snapshot
@@ -325,3 +326,17 @@ def test_a_restarted_daemon_serves_the_same_port_and_examines_what_it_adopts(tmp
             known = lambda: "amax" in told(port, f"/api/health?stage={STAGE}")["versions"][0]  # noqa: E731
             eventually(known, "version 1 to be looked at")
         assert daemon.stop() == 0, daemon.log
+
+
+def test_of_one_snapshot_an_answer_is_made_once_and_few_are_kept() -> None:
+    board = Board(lambda: None)
+    report = wire.StatusReport(pid=1, uptime_s=1.0, connections=0, refused_messages=0, stages=())
+    board.put(Snapshot(time.monotonic() + DEADLINE_S, 0.0, report, {}))
+    answerer = Answerer(board)
+    first = answerer.answer("/api/stages", "")
+    assert answerer.answer("/api/stages", "") is first
+    for number in range(2 * MOST_ANSWERS):
+        answerer.answer(f"/api/stages?{number}", "")
+    assert len(answerer._made) <= MOST_ANSWERS
+    board.put(Snapshot(time.monotonic() + DEADLINE_S, 0.0, report.model_copy(update={"pid": 2}), {}))
+    assert b'"pid":2' in answerer.answer("/api/stages", "").body

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -26,6 +26,9 @@ ALWAYS: Final = {
 MOST_PARAMETERS: Final = 8
 """Parameters of a query."""
 
+MOST_ANSWERS: Final = 32
+"""Answers that are kept of one snapshot."""
+
 LONGEST_NUMBER: Final = 20
 """Digits of one."""
 
@@ -44,20 +47,38 @@ def plain(status: HTTPStatus, text: str, **headers: str) -> Response:
     return Response(status, f"{text}\n".encode(), ALWAYS | {"Content-Type": "text/plain; charset=utf-8"} | headers)
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What is asked, of which snapshot."""
+
+    query: Mapping[str, str]
+    accept: str
+    snapshot: Snapshot
+
+
+PATHS: Final[dict[str, Callable[[_Request], Response]]] = {
+    "/metrics": lambda asked: _metrics(asked.snapshot, asked.accept),
+    "/healthz": lambda _: plain(HTTPStatus.OK, "alive"),
+    "/readyz": lambda asked: _ready(asked.snapshot),
+    "/api/stages": lambda asked: _json(api.stages(asked.snapshot)),
+    "/api/versions": lambda asked: _of_stage(asked, "last", api.versions),
+    "/api/health": lambda asked: _of_stage(asked, "since", api.health),
+}
+"""What is answered from a snapshot; beside it there is the page, which is always the same."""
+
+
 class Answerer:
-    """Answers paths from the board's snapshots. For several threads at once."""
+    """Answers paths from the board's snapshots. For several threads at once.
+
+    Of one snapshot an answer is made once, and one answer at a time: however many ask, the event loop has to share the
+    interpreter with one of them at most.
+    """
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._paths: dict[str, Callable[[Mapping[str, str], str], Response]] = {
-            "/": lambda _query, _accept: Response(HTTPStatus.OK, page.HTML, ALWAYS | page.HEADERS),
-            "/metrics": self._metrics,
-            "/healthz": lambda _query, _accept: self._alive(),
-            "/readyz": lambda _query, _accept: self._ready(),
-            "/api/stages": lambda _query, _accept: _as_json(api.stages(self._board.current())),
-            "/api/versions": lambda query, _accept: self._of_stage(query, "last", api.versions),
-            "/api/health": lambda query, _accept: self._of_stage(query, "since", api.health),
-        }
+        self._making = threading.Lock()
+        self._made: dict[tuple[str, str], Response] = {}
+        self._made_of: Snapshot | None = None
 
     def answer(self, path: str, accept: str) -> Response:
         """The answer to a path with its query.
@@ -71,39 +92,43 @@ class Answerer:
             query = {name: values[0] for name, values in parse_qs(split.query, max_num_fields=MOST_PARAMETERS).items()}
         except ValueError:
             return plain(HTTPStatus.BAD_REQUEST, "the path cannot be read")
-        found = self._paths.get(split.path)
+        if split.path == "/":
+            return Response(HTTPStatus.OK, page.HTML, ALWAYS | page.HEADERS)
+        found = PATHS.get(split.path)
         if found is None:
-            return plain(HTTPStatus.NOT_FOUND, f"there are: {', '.join(self._paths)}")
+            return plain(HTTPStatus.NOT_FOUND, f"there are: /, {', '.join(PATHS)}")
         try:
-            return found(query, accept)
+            snapshot = self._board.current()
         except LoopBusy as busy:
             return plain(HTTPStatus.SERVICE_UNAVAILABLE, busy.what)
-
-    def _metrics(self, _: Mapping[str, str], accept: str) -> Response:
-        body, content_type = exposition(self._board.current(), accept)
-        return Response(HTTPStatus.OK, body, ALWAYS | {"Content-Type": content_type})
-
-    def _alive(self) -> Response:
-        self._board.current()
-        return plain(HTTPStatus.OK, "alive")
-
-    def _ready(self) -> Response:
-        if not self._board.current().door_open:
-            return plain(HTTPStatus.SERVICE_UNAVAILABLE, "no new connections are taken: descriptors are short")
-        return plain(HTTPStatus.OK, "ready")
-
-    def _of_stage(
-        self, query: Mapping[str, str], number: str, of: Callable[[StageSnapshot, Snapshot, int], api.Plain]
-    ) -> Response:
-        snapshot = self._board.current()
-        stage, given = snapshot.stages.get(query.get("stage", "")), query.get(number, "0")
-        if stage is None:
-            return plain(HTTPStatus.NOT_FOUND, "there is no such stage")
-        if not (given.isascii() and given.isdigit() and len(given) < LONGEST_NUMBER):
-            return plain(HTTPStatus.BAD_REQUEST, f"{number} is a number")
-        return _as_json(of(stage, snapshot, int(given)))
+        with self._making:
+            if self._made_of is not snapshot or len(self._made) >= MOST_ANSWERS:
+                self._made, self._made_of = {}, snapshot
+            key = (path, accept)
+            if key not in self._made:
+                self._made[key] = found(_Request(query, accept, snapshot))
+            return self._made[key]
 
 
-def _as_json(content: api.Plain) -> Response:
-    body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+def _metrics(snapshot: Snapshot, accept: str) -> Response:
+    body, content_type = exposition(snapshot, accept)
+    return Response(HTTPStatus.OK, body, ALWAYS | {"Content-Type": content_type})
+
+
+def _ready(snapshot: Snapshot) -> Response:
+    if not snapshot.door_open:
+        return plain(HTTPStatus.SERVICE_UNAVAILABLE, "no new connections are taken: descriptors are short")
+    return plain(HTTPStatus.OK, "ready")
+
+
+def _of_stage(asked: _Request, number: str, of: Callable[[StageSnapshot, Snapshot, int], bytes]) -> Response:
+    stage, given = asked.snapshot.stages.get(asked.query.get("stage", "")), asked.query.get(number, "0")
+    if stage is None:
+        return plain(HTTPStatus.NOT_FOUND, "there is no such stage")
+    if not (given.isascii() and given.isdigit() and len(given) < LONGEST_NUMBER):
+        return plain(HTTPStatus.BAD_REQUEST, f"{number} is a number")
+    return _json(of(stage, asked.snapshot, int(given)))
+
+
+def _json(body: bytes) -> Response:
     return Response(HTTPStatus.OK, body, ALWAYS | {"Content-Type": "application/json"})

@@ -1,11 +1,13 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the page asks for, as plain values for JSON. Times are seconds on the machine's monotonic clock."""
+"""What the page asks for, as JSON. Times are seconds on the machine's monotonic clock."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -25,11 +27,18 @@ DIGITS: Final = 4
 SHOWN_PAUSES: Final = 5
 """Pauses of a stage that are told."""
 
+KEPT_VERSIONS: Final = 256
+"""Versions whose health is kept as JSON: it is long, and asked for again by everybody who opens the page."""
 
-def stages(snapshot: Snapshot) -> Plain:
+
+def _as_json(content: Plain | list[str] | list[int]) -> bytes:
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def stages(snapshot: Snapshot) -> bytes:
     """The daemon, and every stage: what ``stagingd status`` tells, with rates, pauses and the engines' versions."""
     report = snapshot.report
-    return {
+    told = {
         "now_s": snapshot.at_s,
         "wall_minus_monotonic_s": snapshot.wall_minus_monotonic_s,
         "pid": report.pid,
@@ -38,6 +47,7 @@ def stages(snapshot: Snapshot) -> Plain:
         "refused_messages": report.refused_messages,
         "stages": [_stage(stage, snapshot.at_s) for stage in snapshot.stages.values()],
     }
+    return _as_json(told)
 
 
 def _stage(stage: StageSnapshot, now: float) -> Plain:
@@ -52,7 +62,7 @@ def _stage(stage: StageSnapshot, now: float) -> Plain:
     }
 
 
-def versions(stage: StageSnapshot, snapshot: Snapshot, last: int) -> Plain:
+def versions(stage: StageSnapshot, snapshot: Snapshot, last: int) -> bytes:
     """The last versions with their spans: ``[what, who, rank, begin, end or null, bytes or null]``.
 
     Args:
@@ -60,41 +70,42 @@ def versions(stage: StageSnapshot, snapshot: Snapshot, last: int) -> Plain:
         snapshot: of which it is a part.
         last: how many.
     """
-    told = stage.versions[-last:] if last else ()
-    return {
-        "now_s": snapshot.at_s,
-        "ranks": stage.status.ranks,
-        "versions": [
-            {
-                "version": one.version,
-                "attempt": one.attempt,
-                "begun_s": one.begun_s,
-                "sealed_s": one.sealed_s,
-                "aborted_s": one.aborted_s,
-                "reason": one.reason,
-                "spans": [[s.what, s.who, s.rank, s.begin_s, s.end_s, s.bytes] for s in one.spans],
-            }
-            for one in told
-        ],
-    }
+    told = [
+        {
+            "version": one.version,
+            "attempt": one.attempt,
+            "begun_s": one.begun_s,
+            "sealed_s": one.sealed_s,
+            "aborted_s": one.aborted_s,
+            "reason": one.reason,
+            "spans": [[s.what, s.who, s.rank, s.begin_s, s.end_s, s.bytes] for s in one.spans],
+        }
+        for one in (stage.versions[-last:] if last else ())
+    ]
+    return _as_json({"now_s": snapshot.at_s, "ranks": stage.status.ranks, "versions": told})
 
 
-def health(stage: StageSnapshot, _: Snapshot, since: int) -> Plain:
+def health(stage: StageSnapshot, _: Snapshot, since: int) -> bytes:
     """The health of versions of which something has become known after a revision, column by column.
 
     Args:
         stage: which.
         since: a revision; 0 for all.
     """
-    return {
-        "layers": list(stage.layers),
-        "revision": max((one.revision for one in stage.health), default=0),
-        "kept": [one.version for one in stage.health],
-        "versions": [_version(one) for one in stage.health if one.revision > since],
-    }
+    parts = (
+        b'{"layers":',
+        _as_json(list(stage.layers)),
+        b',"revision":%d,"kept":' % max((one.revision for one in stage.health), default=0),
+        _as_json([one.version for one in stage.health]),
+        b',"versions":[',
+        b",".join(_version(one) for one in stage.health if one.revision > since),
+        b"]}",
+    )
+    return b"".join(parts)
 
 
-def _version(one: VersionHealth) -> Plain:
+@lru_cache(KEPT_VERSIONS)
+def _version(one: VersionHealth) -> bytes:
     moments, errors = one.moments, one.errors
     told: Plain = {"version": one.version, "reporters": len(one.reporters)}
     if moments is not None:
@@ -112,7 +123,7 @@ def _version(one: VersionHealth) -> Plain:
                 "flushed": _rounded(flushed / values),
                 "error": _rounded(np.sqrt(squared_error / squared_values)),
             }
-    return told
+    return _as_json(told)
 
 
 def _rounded(values: Iterable[float] | npt.NDArray[Any]) -> list[float | None]:
