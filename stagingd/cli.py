@@ -4,25 +4,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from stagingd import demo as demo_run
-from stagingd import logs, units, wire
+from stagingd import live, logs, units, wire
 from stagingd.config import Settings
 from stagingd.connection import Connection
 from stagingd.daemon import Daemon
 from stagingd.doctor import display, examination
 from stagingd.doctor.wanted import Wanted
 from stagingd.errors import StagingError
+from stagingd.history import VERSIONS
+from stagingd.screen import screen
+from stagingd.seen import SHOWN_VERSIONS, as_plain, look
 from stagingd.supervisor import Supervisor
+from stagingd.trace import chrome_trace
 
 app = typer.Typer(
     help="Stage model weights in shared host memory between trainers and inference engines.",
@@ -33,6 +38,7 @@ app = typer.Typer(
 RuntimeDir = Annotated[
     Path | None, typer.Option(readable=False, help="Folder of the sockets. Default: STAGINGD_RUNTIME_DIR.")
 ]
+OneStage = Annotated[str | None, typer.Option(help="Only this stage. Default: all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
 
 
@@ -57,6 +63,10 @@ def serve(
         float | None,
         typer.Option(help="Serve clients in pid namespaces that the daemon does not see, dead after so much silence."),
     ] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Serve metrics, health and the status page over HTTP at this port.")
+    ] = None,
+    http_host: Annotated[str | None, typer.Option(help="Address at which they are served.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="json or console.")] = None,
 ) -> None:
@@ -67,33 +77,42 @@ def serve(
 
 
 @app.command()
-def status(runtime_dir: RuntimeDir = None, as_json: AsJson = False) -> None:
-    """Show every stage: versions, who fills, who reads, what is waited for."""
+def status(runtime_dir: RuntimeDir = None, stage: OneStage = None, as_json: AsJson = False) -> None:
+    """Show every stage: versions, who fills, who reads, how fast, and what is waited for."""
     with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd status") as connection:
-        report = connection.request(wire.Status(), wire.StatusReport)
+        seen = look(connection, last=SHOWN_VERSIONS, stage=stage)
     if as_json:
-        typer.echo(report.model_dump_json())
-        return
-    console = Console()
-    console.print(f"daemon pid {report.pid}, up {report.uptime_s:.0f} s, {report.connections} connections")
-    for stage in report.stages:
-        console.print(_stage_table(stage))
-        for line in stage.waiting:
-            console.print(f"  [yellow]{line}[/yellow]")
+        typer.echo(json.dumps(as_plain(seen)))
+    else:
+        Console().print(screen(seen))
 
 
-def _stage_table(stage: wire.StageStatus) -> Table:
-    size = f"{stage.segment_bytes / 2**30:.3f} GiB"
-    title = f"{stage.stage}: {stage.tensors} tensors, {size}, policy {stage.policy}"
-    table = Table(title=title, title_justify="left")
-    for column in ("slot", "state", "version", "committed by ranks", "leased by"):
-        table.add_column(column)
-    for index, slot in enumerate(stage.slots):
-        holders = [f"{lease.engine} ({lease.age_s:.1f} s)" for lease in stage.leases if lease.version == slot.version]
-        committed = ", ".join(map(str, slot.committed_ranks))
-        version = "" if slot.version is None else str(slot.version)
-        table.add_row(str(index), slot.state, version, committed, ", ".join(holders))
-    return table
+@app.command()
+def top(
+    runtime_dir: RuntimeDir = None,
+    stage: OneStage = None,
+    interval: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Show every stage as ``status`` does, again and again. Ends with q or Ctrl-C."""
+    with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd top") as connection:
+        live.show(partial(look, connection, last=SHOWN_VERSIONS, stage=stage), interval, Console())
+
+
+@app.command()
+def trace(
+    output: Annotated[Path, typer.Option(help="File that is written.")],
+    runtime_dir: RuntimeDir = None,
+    stage: OneStage = None,
+    versions: Annotated[int, typer.Option(min=1, max=VERSIONS, help="So many of the last of each stage.")] = 32,
+) -> None:
+    """Write the last versions as a trace for ui.perfetto.dev or chrome://tracing: who was busy when."""
+    with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd trace") as connection:
+        written = chrome_trace(look(connection, last=versions, stage=stage))
+    try:
+        output.write_text(json.dumps(written))
+    except OSError as error:
+        raise typer.BadParameter(f"{output} cannot be written: {error.strerror}", param_hint="--output") from error
+    typer.echo(f"{len(written['traceEvents'])} events in {output}; open it at https://ui.perfetto.dev")
 
 
 @app.command()

@@ -60,6 +60,13 @@ class Settings(BaseSettings):
     silent for so long. By default they are refused. Share the host's pid namespace where you can: a process
     that was only stopped for longer may still write the rest of one piece of a copy when it goes on."""
 
+    http_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serve metrics, health and the status page over HTTP at this port; 0 takes one that is free, which the log
+    names. By default there is no such thing."""
+
+    http_host: str = Field(default="127.0.0.1", min_length=1, max_length=253)
+    """Address at which they are served. Whoever reaches it may read them: there is no password, and no encryption."""
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least level that is logged."""
 

@@ -22,10 +22,14 @@ from stagingd import wire
 from stagingd.config import Settings
 from stagingd.connections import Connections
 from stagingd.errors import DaemonRunning, MessageTooLarge, SocketNotTrusted
+from stagingd.examination import Examined, Examiner
 from stagingd.liveness import Processes
 from stagingd.segment import Segment
 from stagingd.service import Outgoing, Service
 from stagingd.supervisor import Supervisor
+from stagingd.web import snapshot
+from stagingd.web.board import Board
+from stagingd.web.server import Server
 
 log = structlog.get_logger()
 
@@ -67,7 +71,12 @@ class Daemon:
         self._poller = zmq.Poller()
         self._processes = Processes(lambda fd: self._poller.register(fd, zmq.POLLIN), self._poller.unregister)
         self._background = ThreadPoolExecutor(1, thread_name_prefix="stagingd-memory")
-        self._service = Service(settings, time.monotonic, self._publish, self._processes, self._submit)
+        self._looking = ThreadPoolExecutor(1, thread_name_prefix="stagingd-health")
+        examiner = None if settings.http_port is None else Examiner(self._examine)
+        self._service = Service(
+            settings, time.monotonic, self._publish, self._processes, self._submit, examiner=examiner
+        )
+        self._board = Board(self._wake)
         self._signal = 0
         self._wake_fd = -1
         self._alive_said = 0.0
@@ -77,7 +86,7 @@ class Daemon:
     def run(self) -> None:
         """Serve. After a clean end no socket is left, and no segment unless it was handed over."""
         settings = self._settings
-        with runtime_folder(settings), _only_one(settings.runtime_dir), self._signals() as wakeup:
+        with runtime_folder(settings), _only_one(settings.runtime_dir), self._signals() as wakeup, self._web():
             self._service.recover()
             self._events = self._socket(zmq.PUB)
             self._bind(self._events, settings.event_socket)
@@ -139,6 +148,8 @@ class Daemon:
                     self._bury(source)
             self._send(self._service.settle())
             self._mind_the_door()
+            if self._board.wanted:
+                self._board.put(snapshot.take(self._service, door_open=self._door_open))
             self._say_alive()
 
     def _say_alive(self) -> None:
@@ -208,6 +219,24 @@ class Daemon:
         future.add_done_callback(lambda _: self._wake())
         return future
 
+    def _examine(self, work: Callable[[], Examined]) -> Future[Examined]:
+        future = self._looking.submit(work)
+        future.add_done_callback(lambda _: self._wake())
+        return future
+
+    @contextmanager
+    def _web(self) -> Iterator[None]:
+        """Serve metrics and the page meanwhile, where that is wanted."""
+        if self._settings.http_port is None:
+            yield
+            return
+        server = Server(self._settings.http_host, self._settings.http_port, self._board)
+        log.info("serving_http", host=self._settings.http_host, port=server.port)
+        try:
+            yield
+        finally:
+            server.close()
+
     def _wake(self) -> None:
         if self._wake_fd >= 0:
             os.write(self._wake_fd, b"\0")
@@ -236,6 +265,7 @@ class Daemon:
         self._settings.control_socket.unlink(missing_ok=True)  # nobody is to come any more: see Connections.close
         # What is being made is finished first: only then is it known what there is to give back.
         self._background.shutdown(wait=True)
+        self._looking.shutdown(wait=True, cancel_futures=True)
         if self._signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._send(self._service.stop())
         else:  # also when the loop has failed: no version is lost by it

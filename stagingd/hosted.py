@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 import structlog
@@ -13,6 +14,7 @@ import structlog
 from stagingd import state, wire
 from stagingd.buffer import DoubleBuffer
 from stagingd.declaration import Declaration, Terms
+from stagingd.dtypes import ITEM_BYTES
 from stagingd.errors import (
     CatalogMismatch,
     CommitIncomplete,
@@ -23,10 +25,13 @@ from stagingd.errors import (
     TooManyPeers,
     VersionAborted,
 )
+from stagingd.health import Health
+from stagingd.history import History
+from stagingd.layers import Layers
 from stagingd.nonfinite import nonfinite_tensors
 from stagingd.segment import Segment
 from stagingd.session import Session
-from stagingd.slots import Slot, SlotState
+from stagingd.slots import Lease, Slot, SlotState
 from stagingd.state import StageState
 from stagingd.waiting import Waiting
 
@@ -68,7 +73,9 @@ class HostedStage:
     makes the stage again from there, in a daemon that was restarted.
     """
 
-    def __init__(self, name: str, ranks: int, options: wire.StageOptions, tell: Tell) -> None:
+    def __init__(
+        self, name: str, ranks: int, options: wire.StageOptions, tell: Tell, clock: Callable[[], float]
+    ) -> None:
         self.name = name
         self.ranks = ranks
         self.options = options
@@ -78,10 +85,14 @@ class HostedStage:
         self.trainers: dict[int, Session] = {}
         self.engines: dict[str, Engine] = {}
         self.buffer = DoubleBuffer(ranks, options.policy)
+        self.history = History(ranks)
+        self.health = Health()
         self.sealed_versions = 0
         self.aborted_versions = 0
         self.begins_kept_waiting = 0
         self._tell = tell
+        self._clock = clock
+        self._owned_bytes: dict[int, int] = {}
         self._refused: tuple[int, StagingError] | None = None
         self._changes = 0
         self._saved: int | None = None
@@ -91,6 +102,11 @@ class HostedStage:
     def ready(self) -> bool:
         """Whether all ranks have declared and the memory is there."""
         return self.segment is not None
+
+    @cached_property
+    def layers(self) -> Layers:
+        """By which its health is told. Raises OutOfOrder: it is not declared yet."""
+        return Layers.from_tensors([tensor.name for tensor in self._segment().catalog.tensors])
 
     @property
     def deserted(self) -> bool:
@@ -154,16 +170,22 @@ class HostedStage:
 
     @classmethod
     def adopt(
-        cls, segment: Segment, terms: Terms, was: StageState, sessions: Sequence[Session], tell: Tell
+        cls,
+        segment: Segment,
+        terms: Terms,
+        was: StageState,
+        sessions: Sequence[Session],
+        tell: Tell,
+        clock: Callable[[], float],
     ) -> HostedStage:
         """Take over the stage of a daemon that has ended: front, sealed and half-filled versions, and leases.
 
         Args:
             segment, terms, was: what that daemon left.
             sessions: those of ``was.members``, in its order.
-            tell: as for the stage itself.
+            tell, clock: as for the stage itself.
         """
-        stage = cls(segment.catalog.stage, segment.catalog.ranks, terms.options, tell)
+        stage = cls(segment.catalog.stage, segment.catalog.ranks, terms.options, tell, clock)
         stage.segment, stage.terms = segment, terms
         stage.trainers = {rank: sessions[index] for rank, index in was.members.trainers}
         for engine in was.members.engines:
@@ -174,7 +196,23 @@ class HostedStage:
         stage.aborted_versions = was.aborted_versions
         stage.begins_kept_waiting = was.begins_kept_waiting
         stage._restore_progress()
+        stage._restore_history()
         return stage
+
+    def _restore_history(self) -> None:
+        """What is in the slots, and who uses it; all from now on, for what was before is not known."""
+        now = self._clock()
+        for slot in sorted(self.buffer.slots, key=lambda slot: slot.attempt):
+            if slot.version is not None:
+                filling = slot.state is SlotState.FILLING
+                self.history.taken_over(slot.version, slot.attempt, sealed=not filling, now=now)
+                if not filling:
+                    self.health.sealed(slot.version, slot.attempt)
+                for rank in slot.begun - slot.committed if filling else ():
+                    self.history.begun(slot.version, slot.attempt, rank, now)
+        for lease in self.buffer.leases.values():
+            for rank in lease.holding:
+                self.history.leased(lease.version, lease.engine, rank, now)
 
     def _restore_progress(self) -> None:
         """What the daemon that has ended said of its slots after it last wrote the ledger was told to nobody."""
@@ -274,6 +312,7 @@ class HostedStage:
                     self._refused = None
                     self._segment().progress(slot.index).begin(slot.attempt)
                     self._tell("begun", message.version, f"slot {slot.index}")
+                self.history.begun(message.version, slot.attempt, message.rank, self._clock())
                 self.begins_kept_waiting += waited  # only now: a restart meanwhile would have it counted twice
                 return wire.Begun(slot=slot.index, attempt=slot.attempt, waited=waited)
             waited = True
@@ -300,8 +339,10 @@ class HostedStage:
             )
         self.buffer.measure(message.rank, message.version, again=message.again)
         filling = self.buffer.filling
+        self.history.measuring(message.version, message.rank, self._clock())
         if filling is not None and len(filling.measured) == self.ranks:
             self._segment().progress(filling.index).measured(filling.attempt)
+            self.history.measured(message.version, self._clock())
 
         def measured() -> set[int]:
             filling = self.buffer.filling
@@ -354,7 +395,9 @@ class HostedStage:
                 rank=message.rank,
             )
         self._check_measured(segment, message)
-        if self.buffer.commit(message.rank, message.version, again=message.again):
+        complete = self.buffer.commit(message.rank, message.version, again=message.again)
+        self.history.committed(message.version, message.rank, self._bytes_of(message.rank), self._clock())
+        if complete:
             self._seal(segment)
 
         def poll() -> wire.Answer | Waiting:
@@ -371,6 +414,16 @@ class HostedStage:
                 self._abort(reason)
 
         return Question(poll, give_up)
+
+    def _bytes_of(self, rank: int) -> int:
+        """The bytes that a trainer rank puts for every version."""
+        if rank not in self._owned_bytes:
+            catalog = self._segment().catalog
+            sizes = (
+                ITEM_BYTES[catalog.tensors[owned.tensor].dtype] * owned.box.volume for owned in catalog.owned_by(rank)
+            )
+            self._owned_bytes[rank] = sum(sizes)
+        return self._owned_bytes[rank]
 
     def _awaits_seal(self, message: wire.Commit) -> bool:
         """Whether what this rank has committed is still there: the version may have been begun anew since."""
@@ -393,6 +446,8 @@ class HostedStage:
         version = self.buffer.seal()
         segment.progress(filling.index).sealed(filling.attempt)
         self.sealed_versions += 1
+        self.history.sealed(version, self._clock())
+        self.health.sealed(version, filling.attempt)
         self._tell("sealed", version, "")
 
     def _refuse(self, version: int, tensors: str, first: str) -> None:
@@ -426,6 +481,7 @@ class HostedStage:
             return
         self._segment().progress(filling.index).clear()
         self.aborted_versions += 1
+        self.history.aborted(version, reason, self._clock())
         self._tell("aborted", version, reason)
         for lease in early:
             self._tell("lease_lost", version, f"engine {lease.engine!r} began to read it early")
@@ -447,6 +503,7 @@ class HostedStage:
         self._check_free(holder, session, f"rank {message.rank} of engine {message.engine!r}")
         if holder not in (None, session):
             self.buffer.reader_gone(message.engine, message.rank)
+            self.history.released(message.engine, message.rank, self._clock())
         if holder is not session:
             engine.members[message.rank] = session
             engine.gone.discard(message.rank)
@@ -485,6 +542,7 @@ class HostedStage:
             )
             if isinstance(lease, Waiting):
                 return lease
+            self.history.leased(lease.version, lease.engine, message.rank, now)
             if lease.id == fresh:
                 self._tell("leased", lease.version, f"engine {lease.engine!r}")
             return wire.Leased(
@@ -507,6 +565,8 @@ class HostedStage:
             waiting = self.buffer.release(message.lease, message.rank, again=message.again)
             if waiting is not None:
                 return waiting
+            if lease is not None:
+                self.history.released(lease.engine, message.rank, self._clock())
             if lease is not None and lease.complete:
                 self._tell("released", lease.version, f"engine {lease.engine!r}")
             return wire.Done()
@@ -514,7 +574,7 @@ class HostedStage:
         def give_up(reason: str) -> None:
             lease = self.buffer.end_lease(message.lease, reason)
             if lease is not None:
-                self._tell("lease_lost", lease.version, reason)
+                self._lease_lost(lease, reason)
 
         return Question(poll, give_up)
 
@@ -531,7 +591,37 @@ class HostedStage:
         for lease in [lease for lease in self.buffer.leases.values() if lease.until <= now]:
             reason = f"engine {lease.engine!r} ranks {lease.missing} did not release version {lease.version} in time"
             self.buffer.end_lease(lease.id, reason)
-            self._tell("lease_lost", lease.version, reason)
+            self._lease_lost(lease, reason)
+
+    def _lease_lost(self, lease: Lease, reason: str) -> None:
+        self.history.lease_lost(lease.version, lease.engine, self._clock())
+        self._tell("lease_lost", lease.version, reason)
+
+    def report(self, session: Session, message: wire.Report) -> wire.Done:
+        """A reader rank tells of itself, by any connection of its process."""
+        engine = self.engines.get(message.engine)
+        member = None if engine is None else engine.members.get(message.rank)
+        if member is None or (member.pid, member.uid) != (session.pid, session.uid):
+            raise OutOfOrder(
+                f"{session} reports for rank {message.rank} of engine {message.engine!r}, which another process is, "
+                "or none",
+                remedy="attach first, and report from the same process",
+                stage=self.name,
+                rank=message.rank,
+            )
+        self.health.reported(self.layers, message.version, message.engine, message.rank, message.errors)
+        if message.what == "examined":
+            return wire.Done()
+        self.history.reported(
+            message.version,
+            "swap" if message.what == "swapped" else "update",
+            message.engine,
+            message.rank,
+            end_s=self._clock() - message.ago_s,
+            seconds=message.seconds,
+            size=message.bytes,
+        )
+        return wire.Done()
 
     # Both
 
@@ -548,6 +638,7 @@ class HostedStage:
                 engine.gone.add(rank)
                 self._changes += 1
                 self.buffer.reader_gone(name, rank, f"{session} {how}", last=not engine.members)
+                self.history.released(name, rank, self._clock())
             if not engine.members:
                 del self.engines[name]
 

@@ -22,3 +22,5 @@ Rank = Annotated[int, Field(ge=0, lt=1 << 14)]
 RankCount = Annotated[int, Field(ge=1, le=1 << 14)]
 Version = Annotated[int, Field(ge=0, lt=1 << 63)]
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+Elapsed = Annotated[float, Field(ge=0, le=7 * 24 * 3600)]
+"""Seconds that have passed."""

@@ -10,6 +10,7 @@ clock that is passed in.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from stagingd.errors import (
     StagingError,
     UnknownStage,
 )
+from stagingd.examination import Examiner
 from stagingd.hosted import HostedStage, Question, Tell
 from stagingd.liveness import Processes
 from stagingd.pending import Pending, overdue
@@ -63,6 +65,8 @@ class Service:
         event: called with every event.
         processes: watches the clients' processes.
         submit: has memory made in the background; ``settle`` is to be called when it is done.
+        wall_clock: seconds since 1970, for people.
+        examiner: has sealed versions looked at; without it nobody does.
     """
 
     settings: Settings
@@ -70,6 +74,8 @@ class Service:
     event: Callable[[wire.Event], None]
     processes: Processes
     submit: Submit
+    wall_clock: Callable[[], float] = time.time
+    examiner: Examiner | None = None
     stages: dict[str, HostedStage] = field(default_factory=dict)
     pending: dict[Session, Pending] = field(default_factory=dict)
     refused_messages: int = 0
@@ -133,16 +139,30 @@ class Service:
                 question = self._stage(request.stage).release(session, request)
             case wire.Attach():
                 question = self._attach(session, request)
+            case _:
+                return self._at_once(session, request)
+        return self._ask(session, request_id, request.stage, question, request.timeout_s)
+
+    def _at_once(
+        self,
+        session: Session,
+        request: wire.Abort | wire.Status | wire.History | wire.Report | wire.Drop | wire.Bye,
+    ) -> wire.Answer:
+        """The answer to a request that never waits."""
+        match request:
             case wire.Abort():
                 return self._stage(request.stage).abort(session, request)
             case wire.Status():
                 return self.status()
+            case wire.History():
+                return self._history(request)
+            case wire.Report():
+                return self._stage(request.stage).report(session, request)
             case wire.Drop():
                 return self._drop(request)
             case wire.Bye():
                 self._session_gone(session, "closed its connection")
                 return wire.Done()
-        return self._ask(session, request_id, request.stage, question, request.timeout_s)
 
     def _supersede(self, session: Session) -> None:
         """Who asks anew does not wait for the answer before: it has given up. So nobody's questions pile up."""
@@ -212,7 +232,7 @@ class Service:
         return question
 
     def _new_stage(self, request: wire.Declare) -> HostedStage:
-        stage = HostedStage(request.stage, request.ranks, request.options, self._tell(request.stage))
+        stage = HostedStage(request.stage, request.ranks, request.options, self._tell(request.stage), self.clock)
         stage.declaration = Declaration(request.stage, request.ranks, request.options, self._make_segment, self.submit)
         return stage
 
@@ -296,6 +316,8 @@ class Service:
         """Deal with what time has brought. To be called when a deadline passes or memory has been made."""
         now = self.clock()
         self._see_what_is_locked()
+        if self.examiner is not None:
+            self.examiner.mind(self.stages.values())
         for stage in self.stages.values():
             stage.end_leases(now)
         for session in self.sessions:
@@ -386,7 +408,7 @@ class Service:
         gone = iter(dead)
         sessions = [session or next(gone) for _, session in found]
         name = left.segment.catalog.stage
-        stage = HostedStage.adopt(left.segment, left.terms, left.state, sessions, self._tell(name))
+        stage = HostedStage.adopt(left.segment, left.terms, left.state, sessions, self._tell(name), self.clock)
         self.stages[name] = stage
         held = {slot.state.value: slot.version for slot in stage.buffer.slots if slot.version is not None}
         log.info("adopted", stage=name, leases=len(stage.buffer.leases), sessions=len(sessions), **held)
@@ -438,4 +460,10 @@ class Service:
                 stage_status(stage, self.pending.values(), self.clock(), self.settings.lease_s)
                 for stage in self.stages.values()
             ),
+        )
+
+    def _history(self, request: wire.History) -> wire.HistoryReport:
+        return wire.HistoryReport(
+            versions=self._stage(request.stage).history.versions(request.last),
+            wall_minus_monotonic_s=self.wall_clock() - self.clock(),
         )

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from stagingd import wire
 from stagingd.hosted import HostedStage
 from stagingd.pending import Pending
-from stagingd.slots import Lease
+from stagingd.slots import Lease, Slot
 
 
 def stage_status(stage: HostedStage, pending: Iterable[Pending], now: float, lease_s: float) -> wire.StageStatus:
@@ -23,7 +23,9 @@ def stage_status(stage: HostedStage, pending: Iterable[Pending], now: float, lea
     """
     buffer = stage.buffer
     waiting = (
-        f"{p.session} waits for {p.waiting.what} from {', '.join(p.waiting.peers)} since {now - p.since:.1f} s"
+        wire.WaitingStatus(
+            who=str(p.session), what=p.waiting.what, peers=tuple(p.waiting.peers), waited_s=now - p.since
+        )
         for p in pending
         if p.stage == stage.name
     )
@@ -36,15 +38,22 @@ def stage_status(stage: HostedStage, pending: Iterable[Pending], now: float, lea
         tensors=len(stage.segment.catalog.tensors) if stage.segment else 0,
         segment=stage.segment.name if stage.segment else "",
         segment_bytes=stage.segment.size if stage.segment else 0,
-        slots=tuple(
-            wire.SlotStatus(state=s.state.value, version=s.version, committed_ranks=tuple(sorted(s.committed)))
-            for s in buffer.slots
-        ),
+        slots=tuple(map(_slot_status, buffer.slots)),
         leases=tuple(_lease_status(lease, now, lease_s) for lease in buffer.leases.values()),
         waiting=tuple(waiting),
         sealed_versions=stage.sealed_versions,
         aborted_versions=stage.aborted_versions,
         begins_kept_waiting=stage.begins_kept_waiting,
+    )
+
+
+def _slot_status(slot: Slot) -> wire.SlotStatus:
+    return wire.SlotStatus(
+        state=slot.state.value,
+        version=slot.version,
+        begun_ranks=tuple(sorted(slot.begun)),
+        measured_ranks=tuple(sorted(slot.measured)),
+        committed_ranks=tuple(sorted(slot.committed)),
     )
 
 
@@ -54,5 +63,6 @@ def _lease_status(lease: Lease, now: float, lease_s: float) -> wire.LeaseStatus:
         engine=lease.engine,
         version=lease.version,
         awaited_ranks=tuple(lease.missing),
+        reading_ranks=tuple(sorted(lease.holding)),
         age_s=now - (lease.until - lease_s),
     )

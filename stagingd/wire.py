@@ -22,11 +22,14 @@ from stagingd.boxes import Box
 from stagingd.catalog import GridName, TensorDeclaration
 from stagingd.errors import Context, MessageRefused, MessageTooLarge, StagingError, from_code
 from stagingd.formats import Quantization
+from stagingd.health import LayerError
+from stagingd.history import VERSIONS, VersionHistory
+from stagingd.layers import MOST_LAYERS
 from stagingd.moments import ALL_GRIDS
 from stagingd.policy import Policy
-from stagingd.record import Name, Rank, RankCount, Record, Seconds, StageName, Version
+from stagingd.record import Elapsed, Name, Rank, RankCount, Record, Seconds, StageName, Version
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 """Raised whenever a message changes: daemon and clients must agree."""
 
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
@@ -183,6 +186,38 @@ class Status(Record):
     kind: Literal["status"] = "status"
 
 
+class History(Record):
+    """Asks what has happened to the last versions of a stage, and when. Answered by HistoryReport."""
+
+    kind: Literal["history"] = "history"
+    stage: StageName
+    last: Annotated[int, Field(ge=1, le=VERSIONS)] = VERSIONS
+
+
+class Report(Record):
+    """A worker of an engine tells that it has made a version live, or has examined one. Answered by Done.
+
+    It may come by another connection of the same process than the one by which the worker reads.
+
+    Attributes:
+        seconds: for how long that kept the engine from generating.
+        bytes: how many were written to the live weights.
+        ago_s: how long ago it was done, when this is sent, in seconds.
+        errors: what quantization costs in the worker's slice, where it was examined.
+    """
+
+    kind: Literal["report"] = "report"
+    stage: StageName
+    engine: Name
+    rank: Rank
+    version: Version
+    what: Literal["swapped", "updated", "examined"]
+    seconds: Elapsed
+    bytes: Annotated[int, Field(ge=0, lt=1 << 63)]
+    ago_s: Elapsed = 0.0
+    errors: Annotated[tuple[LayerError, ...], Field(max_length=MOST_LAYERS), FailFast()] = ()
+
+
 class Drop(Record):
     """Give a stage's memory back. Refused while trainers or engines are attached. Answered by Done."""
 
@@ -197,7 +232,22 @@ class Bye(Record):
     kind: Literal["bye"] = "bye"
 
 
-Request = Hello | Declare | Begin | Measure | Commit | Abort | Attach | LeaseVersion | Release | Status | Drop | Bye
+Request = (
+    Hello
+    | Declare
+    | Begin
+    | Measure
+    | Commit
+    | Abort
+    | Attach
+    | LeaseVersion
+    | Release
+    | Status
+    | History
+    | Report
+    | Drop
+    | Bye
+)
 
 
 class Welcome(Record):
@@ -271,21 +321,36 @@ class Done(Record):
 
 
 class LeaseStatus(Record):
-    """A lease, for people: who reads which version, since when."""
+    """A lease, for people: who reads which version, since when. ``reading_ranks`` may be reading now."""
 
     lease: int
     engine: str
     version: int
     awaited_ranks: tuple[int, ...]
+    reading_ranks: tuple[int, ...]
     age_s: float
 
 
 class SlotStatus(Record):
-    """A slot, for people."""
+    """A slot, for people: which trainer ranks have begun, measured and committed what it holds."""
 
     state: str
     version: int | None
+    begun_ranks: tuple[int, ...]
+    measured_ranks: tuple[int, ...]
     committed_ranks: tuple[int, ...]
+
+
+class WaitingStatus(Record):
+    """A request that waits, for people: whose, for what, from whom, and for how long already."""
+
+    who: str
+    what: str
+    peers: tuple[str, ...]
+    waited_s: float
+
+    def __str__(self) -> str:
+        return f"{self.who} waits for {self.what} from {', '.join(self.peers)} since {self.waited_s:.1f} s"
 
 
 class StageStatus(Record):
@@ -301,7 +366,7 @@ class StageStatus(Record):
     segment_bytes: int
     slots: tuple[SlotStatus, ...]
     leases: tuple[LeaseStatus, ...]
-    waiting: tuple[str, ...]
+    waiting: tuple[WaitingStatus, ...]
     sealed_versions: int
     aborted_versions: int
     begins_kept_waiting: int
@@ -318,6 +383,17 @@ class StatusReport(Record):
     stages: tuple[StageStatus, ...]
 
 
+class HistoryReport(Record):
+    """A stage's last versions, oldest first.
+
+    Their times are on the machine's monotonic clock; ``wall_minus_monotonic_s`` more is seconds since 1970.
+    """
+
+    kind: Literal["history_report"] = "history_report"
+    versions: tuple[VersionHistory, ...]
+    wall_minus_monotonic_s: float
+
+
 class Refusal(Record):
     """A request's typed error; nothing was changed."""
 
@@ -328,7 +404,9 @@ class Refusal(Record):
     context: dict[str, Any]
 
 
-Answer = Welcome | Declared | Begun | Measured | Sealed | Attached | Leased | Done | StatusReport | Refusal
+Answer = (
+    Welcome | Declared | Begun | Measured | Sealed | Attached | Leased | Done | StatusReport | HistoryReport | Refusal
+)
 
 
 class Event(Record):

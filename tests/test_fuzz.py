@@ -405,7 +405,8 @@ def test_a_live_daemon_is_the_same_after_hostile_messages(own_daemon: RunningDae
     Begin, Commit, Abort: refused, for the stage's one rank is the trainer's.
     Attach, LeaseVersion, Release: an engine may come to the stage and read: until its session ends. The version
         read is the front already, so that no slot changes.
-    Status: changes nothing. Drop: refused while somebody is there; no other stage is ever ready.
+    Report: refused, for no engine is of the visitor's process; or an engine's that came, whose history it is.
+    Status, History: change nothing. Drop: refused while somebody is there; no other stage is ever ready.
     """
     fuzzer, chance = Fuzzer(LIVE_SEED), random.Random(LIVE_SEED)
     rounds = -(-messages // 10 // (VISITORS * WINDOWS * WINDOW))

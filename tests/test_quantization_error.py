@@ -21,7 +21,7 @@ from stagingd_client import Stage
 from stagingd_vllm import quantization_error
 from stagingd_vllm.layouts import Home, homes
 from stagingd_vllm.plan import PlanEntry, ReadPlan, Region
-from stagingd_vllm.quantization_error import Errors, QuantizationError, quantization_errors, summed
+from stagingd_vllm.quantization_error import Errors, QuantizationError, quantization_errors, summed, tensor_errors
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import Receiver
 from stagingd_vllm.scales import ScaleRule
@@ -251,6 +251,36 @@ def refused(answer: Mapping[str, str]) -> StagingError:
     return from_code(answer["refused"], answer["what"], answer["remedy"], {})
 
 
+class Told:
+    """Stands for the thread that reports."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[object, ...]] = []
+
+    def tell(self, *report: object) -> None:
+        self.reports.append(report)
+
+
+def test_parts_of_a_fused_parameter_are_told_apart() -> None:
+    calm, wild = torch.ones(2, COLUMNS).bfloat16(), ones_and_a_giant()[:3]
+    model = torch.nn.Module()
+    model.w = linear("fp8_per_tensor", 5, COLUMNS)
+    entries = tuple(
+        PlanEntry(
+            name, "bfloat16", whole(part.shape), Region("w.weight", row * COLUMNS, tuple(part.shape), (COLUMNS, 1))
+        )
+        for name, part, row in (("calm", calm, 0), ("wild", wild, 2))
+    )
+    with private_stage({"calm": calm, "wild": wild}) as stage:
+        version = stage.write(1, {"calm": calm, "wild": wild})
+        found = tensor_errors(ReadPlan(entries, 0), homes(model), stage.catalog, version, RULES)["w.weight"]
+        whole_one = quantization_errors(ReadPlan(entries, 0), homes(model), stage.catalog, version, RULES)["w.weight"]
+    assert {name: errors["amax"].values for name, errors in found.items()} == {"calm": 128, "wild": 192}
+    # They share the giant's scale, by which ones become zero.
+    assert {name: errors["amax"].flushed for name, errors in found.items()} == {"calm": 128, "wild": 191}
+    assert whole_one == summed(found.values())
+
+
 def test_a_worker_tells_of_the_version_that_it_holds_or_refuses(daemon: RunningDaemon) -> None:
     attachment = pytest.importorskip("stagingd_vllm.attachment")
     extension = pytest.importorskip("stagingd_vllm.extension")
@@ -265,7 +295,8 @@ def test_a_worker_tells_of_the_version_that_it_holds_or_refuses(daemon: RunningD
     ):
         receiver = Receiver(model, plan, reader, ScaleRule(1.0))
         place = attachment.Place("e", 0, 1)
-        worker.stagingd_attachment = attachment.Attachment(place, reader, receiver, "sigma:1")
+        told = Told()
+        worker.stagingd_attachment = attachment.Attachment(place, reader, receiver, "sigma:1", reporter=told)
         assert "hold no version" in str(refused(worker.stagingd_quantization_error()))
         worker.stagingd_attachment.update(version=1)
         answer = worker.stagingd_quantization_error()
@@ -274,6 +305,8 @@ def test_a_worker_tells_of_the_version_that_it_holds_or_refuses(daemon: RunningD
         assert answer["parameters"] == {"w.weight": answer["total"]}
         assert answer["total"]["amax"]["flushed"] == 255
         assert answer["total"]["sigma:1"]["clipped"] == 1
+        [(what, version, _, _, [by_layer])] = told.reports[1:]
+        assert (what, version, by_layer.layer, by_layer.clipped, by_layer.values) == ("examined", 1, "w", 1, 256)
         _publish(stage, 2, values)
         assert worker.stagingd_quantization_error() == answer  # version 1 is still there
         another.lease(version=2).release()

@@ -102,7 +102,7 @@ def other_rank(daemon: RunningDaemon, puppet: Puppet, options: str = "") -> None
 
 def waits(daemon: RunningDaemon, what: str) -> None:
     """Until the daemon says that somebody waits for this."""
-    found = lambda: [line for stage in daemon.status().stages for line in stage.waiting if what in line]  # noqa: E731
+    found = lambda: [line for stage in daemon.status().stages for line in map(str, stage.waiting) if what in line]  # noqa: E731
     eventually(found, f"somebody to wait for {what}")
 
 

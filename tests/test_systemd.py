@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,8 +54,8 @@ resource.setrlimit(resource.RLIMIT_DATA, (DATA, DATA))
 os.umask(UMASK)
 write_and_execute = Compare(2, MASKED, 6, 6)
 execute = Compare(2, MASKED, 4, 4)
-inet = Compare(0, DIFFERS, 1, 0)
-filtered(ALLOW, [(REFUSE, "mmap", write_and_execute), (REFUSE, "mprotect", execute), (NO_FAMILY, "socket", inet)])
+families = [(NO_FAMILY, "socket", Compare(0, DIFFERS, 1, 0))] if FAMILIES == ["AF_UNIX"] else []
+filtered(ALLOW, [(REFUSE, "mmap", write_and_execute), (REFUSE, "mprotect", execute), *families])
 filtered(REFUSE, [(ALLOW, name, None) for name in SYSTEM_CALLS])
 os.execv(sys.orig_argv[0], [sys.orig_argv[0], *sys.argv[1:]])
 """
@@ -126,6 +127,32 @@ def test_exposure_is_at_most_one_and_a_half(installed: Path) -> None:
     assert figure is not None, looked.stderr
     assert float(figure[1]) <= 1.5, looked.stdout
     assert looked.returncode == 0, looked.stderr
+
+
+def with_http(installed: Path) -> Path:
+    """The unit with the drop-in beside it that gives it a network."""
+    folder = installed.with_name(f"{installed.name}.d")
+    folder.mkdir()
+    (folder / "http.conf").write_text((FOLDER / "http.conf").read_text())
+    return installed
+
+
+def test_with_http_the_exposure_is_still_at_most_one_and_a_half(installed: Path) -> None:
+    looked = run(
+        tool("systemd-analyze"), "security", "--offline=yes", "--no-pager", "--threshold=15", with_http(installed)
+    )
+    assert "Service defines IP address allow list with only localhost entries" in looked.stdout  # the drop-in was read
+    assert looked.returncode == 0, looked.stdout
+    checked = run(tool("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", installed)
+    assert [line for line in checked.stderr.splitlines() if "stagingd" in line] == []
+
+
+def test_the_drop_in_opens_the_one_port_that_it_sets() -> None:
+    given = settings("http.conf")
+    [port] = [value.removeprefix("STAGINGD_HTTP_PORT=") for value in given["Environment"]]
+    assert given["SocketBindDeny"] == ["any"]
+    assert given["SocketBindAllow"] == [f"tcp:{port}"]
+    assert given["PrivateNetwork"] == ["no"]
 
 
 def test_the_template_differs_from_the_plain_unit_only_where_instances_do() -> None:
@@ -207,20 +234,24 @@ def test_only_the_sockets_folder_can_be_written_to_in_run(unit: str) -> None:
     assert f"/run/{folder}" in settings(unit)["NoExecPaths"][0].split()
 
 
-@pytest.fixture
-def confined(unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningDaemon]:
+@pytest.fixture(params=[(), ("http.conf",)], ids=["plain", "http"])
+def confined(
+    unit: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[RunningDaemon]:
     """A daemon within its unit's filters and limits. (The mounts and namespaces need a running systemd.)"""
-    given = settings(unit)
+    given, added = settings(unit), [settings(name) for name in request.param]
     first, less, more = (words.split() for words in given["SystemCallFilter"])
     assert less[0].startswith("~")
     allowed = sorted((syscalls(first) - syscalls([less[0][1:], *less[1:]])) | syscalls(more))
     data = int(given["LimitDATA"][0].removesuffix("G")) * 2**30
-    facts = f"SYSTEM_CALLS, DATA, UMASK = {allowed!r}, {data}, 0o{given['UMask'][0]}"
+    families = [family for one in (given, *added) for family in one["RestrictAddressFamilies"]]
+    facts = f"SYSTEM_CALLS, DATA, UMASK, FAMILIES = {allowed!r}, {data}, 0o{given['UMask'][0]}, {families!r}"
     launcher = tmp_path / "confined"
     launcher.write_text(f"#!{sys.executable}\n{facts}\n{CONFINE}")
     launcher.chmod(0o700)
     monkeypatch.setattr(sys, "executable", str(launcher))  # it is what daemons.start starts
-    daemon = start(tmp_path / "run", "--lock-memory", "--group", grp.getgrgid(os.getgid()).gr_name)
+    options = ("--http-port", "0") if added else ()
+    daemon = start(tmp_path / "run", "--lock-memory", "--group", grp.getgrgid(os.getgid()).gr_name, *options)
     yield daemon
     if daemon.process.poll() is None:
         daemon.stop()
@@ -237,6 +268,11 @@ def test_the_daemon_works_within_its_units_filters_and_limits(confined: RunningD
         with Reader.attach("policy", engine="e", rank=0, ranks=1, socket=confined.socket) as reader:
             with reader.lease() as lease:
                 assert torch.equal(lease.read("w"), torch.ones(8, 4, dtype=torch.bfloat16))
+        if "--http-port" in confined.options:
+            port = re.search(r'"port": (\d+)', confined.log)
+            assert port is not None
+            with urllib.request.urlopen(f"http://127.0.0.1:{port[1]}/metrics", timeout=DEADLINE_S) as metrics:
+                assert b'stagingd_newest_sealed_version{stage="policy"} 1.0' in metrics.read()
     assert confined.stop() == 0, confined.log
     assert not confined.segments()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 
 from stagingd.errors import OutOfOrder, VersionNotAvailable
+from stagingd.health import LayerError
+from stagingd.layers import Layers
 from stagingd_vllm.beside import paced
 from stagingd_vllm.copy_engine import Paced
 from stagingd_vllm.derived import made_anew, refresh_derived
@@ -28,9 +30,10 @@ from stagingd_vllm.outcomes import Group as Voters
 from stagingd_vllm.place import Place, groups_of
 from stagingd_vllm.plan import staged_tensors
 from stagingd_vllm.prefetcher import Prefetcher
-from stagingd_vllm.quantization_error import quantization_errors, summed
+from stagingd_vllm.quantization_error import Errors, layer_errors, summed, tensor_errors
 from stagingd_vllm.reader import Reader
 from stagingd_vllm.receiver import LayoutChanged, Receiver, UpdateReport
+from stagingd_vllm.reporter import Reporter, Told
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, NoRoomForShadow, Shadow
 from stagingd_vllm.skeleton import derive_plan, loading
@@ -66,6 +69,7 @@ class Attachment:
         shadow: what versions are prefetched into; without it they are read in place.
         in_place_because: why there is no shadow.
         groups: their product is the engine.
+        reporter: tells the daemon what was made live; without it nobody is told.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class Attachment:
         shadow: Shadow | None = None,
         in_place_because: str = NOT_ASKED_FOR,
         groups: Sequence[Voters] = (),
+        reporter: Reporter | None = None,
     ) -> None:
         self.place = place
         self.reader = reader
@@ -86,6 +91,7 @@ class Attachment:
         self._in_place_because = in_place_because
         self._prefetcher = Prefetcher(reader, self._write_to_shadow)
         self._groups = groups
+        self._reporter = reporter
         self._seen: torch.Tensor | None = None
 
     @classmethod
@@ -142,7 +148,8 @@ class Attachment:
             shadow, in_place_because = _shadow(receiver, reader, rule, prefetch_gib, through)
             undo.pop_all()
         groups = groups_of(vllm_config.parallel_config)
-        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups)
+        reporter = Reporter(stage, place.engine, place.rank, socket)
+        return cls(place, reader, receiver, scale_rule, shadow, in_place_because, groups, reporter)
 
     def update(
         self, *, version: int | None = None, newer_than: int | None = None, timeout_s: float = 60.0
@@ -163,7 +170,12 @@ class Attachment:
             lease = self.reader.lease(version=version, newer_than=newer_than, timeout_s=timeout_s)
             report = self.receiver.apply(lease)
         self._seen = self._witness.look()
+        self._tell("updated", report.version, report.bytes_read, report.seconds_read)
         return report
+
+    def _tell(self, what: Told, version: int, size: int, seconds: float, errors: tuple[LayerError, ...] = ()) -> None:
+        if self._reporter is not None:
+            self._reporter.tell(what, version, size, seconds, errors)
 
     def prefetch(
         self,
@@ -231,7 +243,9 @@ class Attachment:
         if follow:
             self._prefetcher.start(version=None, newer_than=there, early=early, timeout_s=FOLLOW_S)
         self._seen = self._witness.look()
-        return SwapReport(there, shadow.bytes, time.perf_counter() - started)
+        report = SwapReport(there, shadow.bytes, time.perf_counter() - started)
+        self._tell("swapped", there, shadow.bytes, report.seconds)
+        return report
 
     def _require_shadow(self) -> Shadow:
         if self._shadow is None:
@@ -271,9 +285,12 @@ class Attachment:
         version = self.version
         if version is None:
             raise OutOfOrder("the weights hold no version of the stage", remedy="call stagingd_update first")
+        started = time.perf_counter()
         rules = {rule: ScaleRule.parse(rule) for rule in (self.scale_rule, "amax")}
         with self._prefetcher.aside(), self._leased_again(version, timeout_s) as lease:
-            found = quantization_errors(self.receiver.plan, self.receiver.homes, self.reader.catalog, lease, rules)
+            told = tensor_errors(self.receiver.plan, self.receiver.homes, self.reader.catalog, lease, rules)
+        found = {name: summed(errors.values()) for name, errors in told.items()}
+        self._tell("examined", version, 0, time.perf_counter() - started, self._by_layer(told.values()))
         return {
             "version": version,
             "rank": self.place.rank,
@@ -283,6 +300,11 @@ class Attachment:
                 name: {rule: error.figures() for rule, error in errors.items()} for name, errors in found.items()
             },
         }
+
+    def _by_layer(self, found: Iterable[Mapping[str, Errors]]) -> tuple[LayerError, ...]:
+        """What the worker's own scale rule costs in the layers of the stage."""
+        layers = Layers.from_tensors([tensor.name for tensor in self.reader.catalog.tensors])
+        return layer_errors(layers, ((name, errors[self.scale_rule]) for one in found for name, errors in one.items()))
 
     def _leased_again(self, version: int, timeout_s: float) -> LeasedVersion:
         try:
@@ -319,6 +341,8 @@ class Attachment:
             DeadlineExceeded: a version is being prefetched, and does not end.
         """
         self._prefetcher.close(READ_S)
+        if self._reporter is not None:
+            self._reporter.close()
         if self._shadow is not None:
             self._shadow.close()
         self.receiver.close()

@@ -8,6 +8,7 @@ into scratch memory, some rows at a time: nothing live is written, nor has to be
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Self
@@ -18,6 +19,8 @@ from stagingd.boxes import Box, cells
 from stagingd.catalog import Catalog
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.errors import OutOfOrder
+from stagingd.health import LayerError
+from stagingd.layers import Layers
 from stagingd.moments import cell_shape
 from stagingd_vllm.carriers import carrier
 from stagingd_vllm.layouts import Home
@@ -94,7 +97,15 @@ Errors = dict[str, QuantizationError]
 def quantization_errors(
     plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog, version: LeasedVersion, rules: Mapping[str, ScaleRule]
 ) -> dict[str, Errors]:
-    """What every rule makes of every quantized parameter of a worker, by the parameter's name.
+    """What every rule makes of every quantized parameter of a worker, by its name: see ``tensor_errors``."""
+    found = tensor_errors(plan, homes, catalog, version, rules)
+    return {name: summed(errors.values()) for name, errors in found.items()}
+
+
+def tensor_errors(
+    plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog, version: LeasedVersion, rules: Mapping[str, ScaleRule]
+) -> dict[str, dict[str, Errors]]:
+    """What every rule makes of every staged tensor of every quantized parameter of a worker, by both names.
 
     Args:
         plan: what the worker reads.
@@ -131,9 +142,28 @@ def summed(errors: Iterable[Errors]) -> Errors:
     return total
 
 
+def layer_errors(layers: Layers, errors: Iterable[tuple[str, QuantizationError]]) -> tuple[LayerError, ...]:
+    """What tensors, each with its name, add up to in the layers of a stage, as the daemon is told."""
+    total: dict[int, QuantizationError] = {}
+    for tensor, error in errors:
+        layer = layers.of[tensor]
+        total[layer] = total.get(layer, QuantizationError()) + error
+    return tuple(
+        LayerError(
+            layer=layers.names[layer],
+            values=error.values,
+            clipped=error.clipped,
+            flushed=error.flushed,
+            squared_error=error.squared_error,
+            squared_values=error.squared_values,
+        )
+        for layer, error in total.items()
+    )
+
+
 def _of_parameter(
     plan: ReadPlan, name: str, home: Home, catalog: Catalog, version: LeasedVersion, rules: Mapping[str, ScaleRule]
-) -> Errors:
+) -> dict[str, Errors]:
     assert home.scheme is not None
     assert home.scale is not None
     shadows, recipes, kept = [], [], []
@@ -146,14 +176,21 @@ def _of_parameter(
         shadows.append(shadow)
         recipes.append(recipe)
         kept.append(setter)  # until its copies are done, which the sums wait for
-    sums = torch.zeros(len(shadows), len(fields(QuantizationError)), dtype=torch.float64, device=shadows[0].device)
+    by_tensor: dict[str, torch.Tensor] = {}
+    offsets = [tensor.offset for tensor in catalog.tensors]
     for moves in zip(*(recipe.moves for recipe in recipes), strict=True):
+        tensor = catalog.tensors[bisect_right(offsets, moves[0].source) - 1].name
+        nothing = torch.zeros(len(shadows), len(fields(QuantizationError)), dtype=torch.float64)
+        sums = by_tensor.setdefault(tensor, nothing.to(shadows[0].device))
         for some in zip(*map(_chunks, moves), strict=True):
             found = _chunk(some, shadows, home.scheme, version.slot)
             greatest = torch.maximum(sums[:, -1], found[:, -1])
             sums += found
             sums[:, -1] = greatest
-    return {rule: _error(row) for rule, row in zip(rules, sums.tolist(), strict=True)}
+    return {
+        tensor: {rule: _error(row) for rule, row in zip(rules, sums.tolist(), strict=True)}
+        for tensor, sums in by_tensor.items()
+    }
 
 
 def _error(sums: Sequence[float]) -> QuantizationError:
