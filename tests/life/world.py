@@ -416,7 +416,6 @@ class World(Host):
         assert granted or self.crowded, f"{seat} begins in {slot}"
         stamp = next(self._unique)
         if answer.attempt in seat.attempts:
-            assert seat.client is None or not seat.client.honest, "it was told of it and asks again"
             self.known[seat.stage].refilled.add(answer.attempt)
         seat.attempts.add(answer.attempt)
         memory.progress[answer.slot].start(seat.rank, answer.attempt)
