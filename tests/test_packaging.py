@@ -24,6 +24,7 @@ from stagingd.cli import app
 from stagingd.units import PREFIXES, UnitsNotInstalled
 
 ROOT = Path(__file__).parents[1]
+SHIPPED = (".py", ".css", ".html", ".js")
 ELSEWHERE = Path("/opt/stagingd/bin/stagingd")
 SERVICE = {
     "systemd/system/stagingd.service",
@@ -59,7 +60,9 @@ def test_the_wheel_holds_the_packages_and_the_services_files(wheel: Path) -> Non
         "client/stagingd_client": "stagingd_client",
         "vllm_ext/stagingd_vllm": "stagingd_vllm",
     }
-    wanted = {f"{to}/{name}" for source, to in sources.items() for name in below(ROOT / source) if name.endswith(".py")}
+    wanted = {
+        f"{to}/{name}" for source, to in sources.items() for name in below(ROOT / source) if name.endswith(SHIPPED)
+    }
     service = below(ROOT / "systemd")
     assert installed == wanted | {f"stagingd/systemd/{name}" for name in service}
     for name in service:
