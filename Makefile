@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Else Python would compile what it imports again in every process that a test starts (see .venv/installed).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types docs bench clean
 
 demo: .venv/installed
 	$(BIN)/stagingd demo
@@ -14,7 +14,7 @@ demo: .venv/installed
 # model, and some engines, follow the deaths: the three then take about as long.
 DEATHS := tests/test_crashes.py tests/test_exactness_of_models.py tests/test_plans_of_models.py \
 	tests/test_plan_command.py tests/test_benchmark_flush.py tests/test_attachment.py \
-	tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py
+	tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py tests/test_documents.py
 ENGINES := tests/test_demo.py tests/test_vllm_fp8_engine.py tests/test_vllm_engine.py tests/test_vllm_server.py tests/test_async_engine.py \
 	tests/test_engines_die_and_join.py tests/test_weight_transfer.py
 BESIDE := $(DEATHS) $(ENGINES)
@@ -34,6 +34,12 @@ lint: .venv/installed
 types: .venv/installed
 	$(BIN)/mypy
 
+# Pages for browsers, and the manual page. What is warned of is an error.
+SPHINX := $(BIN)/sphinx-build --quiet --fail-on-warning --doctree-dir docs/_build/doctrees
+docs: .venv/installed
+	$(SPHINX) --builder html docs docs/_build/html
+	$(SPHINX) --builder man docs docs/_build/man
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.host
 	$(BIN)/python -m benchmarks.control
@@ -47,4 +53,4 @@ bench: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build docs/commands

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from stagingd import demo as demo_run
-from stagingd import live, logs, wire
+from stagingd import live, logs, units, wire
 from stagingd.config import Settings
 from stagingd.connection import Connection
 from stagingd.daemon import Daemon
@@ -121,6 +121,20 @@ def drop(stage: str, runtime_dir: RuntimeDir = None) -> None:
     with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd drop") as connection:
         connection.request(wire.Drop(stage=stage), wire.Done)
     typer.echo(f"stage {stage} is gone")
+
+
+@app.command()
+def install_units(
+    root: Annotated[Path, typer.Option(help="Folder that takes the place of /, such as an image's.")] = Path("/"),
+    prefix: Annotated[Path, typer.Option(help="Where systemd looks: /etc, /usr/local/lib or /usr/lib.")] = Path("/etc"),
+    program: Annotated[
+        Path | None, typer.Option(help="What the units start. Default: the stagingd that runs this command.")
+    ] = None,
+) -> None:
+    """Put the units, the user and the group of the service where systemd looks. Run it again after an upgrade."""
+    for placed in units.install(program or units.this_program(), root=root, prefix=prefix):
+        typer.echo(f"{placed.outcome:<9} {placed.path}")
+    typer.echo("next:\n  systemd-sysusers\n  systemctl daemon-reload\n  systemctl enable --now stagingd")
 
 
 @app.command()

@@ -418,3 +418,46 @@ def test_trainers_that_quantize_tell_when_scales_are_final_and_then_what_lands(
             lease.await_boxes(needs)
             assert lease.read("w").shape == whole((64, 32)).lengths
             lease.release()
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", [None, StageFormat.FP8_PER_CHANNEL])
+def test_whatever_is_told_to_have_landed_can_be_read_at_once(
+    own_daemon: RunningDaemon, stage_name: str, device: str, form: StageFormat | None
+) -> None:
+    """A reader takes each tensor the moment it is told of, while the others are still on their way."""
+    shapes = {f"w{number}": (1 + 127 * (number % 3 + 1), 1024) for number in range(40)} | {"norm": (1024,)}
+    groups = tuple((name,) for name in shapes if name != "norm")
+    quantization = None if form is None else Quantization(format=form, device="cpu", groups=groups)
+
+    def made(version: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(version)
+        return {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+
+    with Stage.open(stage_name, rank=0, ranks=1, socket=own_daemon.socket, quantization=quantization) as stage:
+        tensors = made(0)
+        stage.declare(tensors)
+        with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=own_daemon.socket) as reader:
+            for version in (1, 2, 3):
+                for name, values in made(version).items():
+                    tensors[name].copy_(values)
+                stage.begin(version)
+                stage._current._slot.result(20)  # type: ignore[union-attr]
+                lease = reader.lease(newer_than=version - 1, early=True)
+                for name, tensor in tensors.items():
+                    stage.put(name, tensor)
+                publication = stage.commit()
+                early = dict[str, torch.Tensor]()
+                for name in shapes:
+                    lease.await_boxes(Needs.of(reader.catalog, [name]))
+                    early[name] = lease.read(name).clone()
+                lease.release()
+                publication.wait()
+                with reader.lease(version=version) as sealed:
+                    for name, values in early.items():
+                        assert torch.equal(values.view(torch.uint8), sealed.read(name).view(torch.uint8)), name
+                        if form is None:
+                            assert torch.equal(values, tensors[name].bfloat16().cpu()), name

@@ -101,6 +101,7 @@ class Seat:
         seated: the client knows that it has declared or attached.
         copying: what a trainer fills, or would fill if it had not been aborted meanwhile.
         tried: the greatest version that it has begun.
+        attempts: those that it has been told of.
         reading, returned: what a reader reads, and what it has released without having had an answer to that.
         last_read: the version that it read last.
         heard: the last answer.
@@ -114,6 +115,7 @@ class Seat:
     seated: bool = False
     copying: Copying | None = None
     tried: int = 0
+    attempts: set[int] = field(default_factory=set)
     reading: Reading | None = None
     returned: Reading | None = None
     last_read: int | None = None
@@ -138,6 +140,8 @@ class Known:
         images: per sealed version what its slot holds.
         leased: per lease its version and slot.
         early: leases on versions that were being filled then.
+        refilled: attempts that a trainer has begun to fill again, by pretending that it was not told of them: what was
+            read of them early may be either.
         announced: the last version whose sealing was an event.
     """
 
@@ -146,4 +150,5 @@ class Known:
     images: dict[int, bytes] = field(default_factory=dict)
     leased: dict[int, tuple[int, int]] = field(default_factory=dict)
     early: set[int] = field(default_factory=set)
+    refilled: set[int] = field(default_factory=set)
     announced: int = -1

@@ -415,6 +415,9 @@ class World(Host):
         granted = (slot.state.value, slot.version) == ("filling", message.version)
         assert granted or self.crowded, f"{seat} begins in {slot}"
         stamp = next(self._unique)
+        if answer.attempt in seat.attempts:
+            self.known[seat.stage].refilled.add(answer.attempt)
+        seat.attempts.add(answer.attempt)
         memory.progress[answer.slot].start(seat.rank, answer.attempt)
         left = [list(box) for box in memory.pieces(answer.slot, seat.rank)]
         seat.copying = Copying(memory, answer.slot, message.version, stamp, left)
@@ -452,8 +455,10 @@ class World(Host):
             returned, seat.returned = seat.returned, None
             torn = returned is not None and returned.lease == message.lease and returned.torn
             assert not torn, f"{seat} was told that it read version {returned} well, but it was torn"
+            known = self.known[seat.stage]
             if returned is not None and returned.lease == message.lease and returned.seen is not None:
-                assert returned.seen == self.known[seat.stage].images[returned.version], f"{seat} read {returned} early"
+                early = returned.seen == known.images[returned.version] or returned.attempt in known.refilled
+                assert early, f"{seat} read version {returned.version} early, and otherwise than it was sealed"
         if isinstance(message, wire.Bye) and seat.client is not None:
             for each in seat.client.seats:
                 each.leave()
@@ -512,6 +517,7 @@ class World(Host):
             if seat.stage == stage:
                 seat.copying = seat.reading = seat.returned = seat.last_read = None
                 seat.tried = 0
+                seat.attempts.clear()
 
 
 def _seats(plan: Plan) -> Iterator[Seat]:

@@ -60,7 +60,7 @@ class StagingdWorkerExtension:
             socket: the daemon's socket; None for the usual one.
             engine: what this engine is called; its workers change versions together.
             scale_rule: how scales follow from moments: "amax" as the engine itself, or "sigma:k" to clip at
-                |mean| + k standard deviations.
+                ``|mean|`` + k standard deviations.
             prefetch_gib: memory on the worker's device that prefetching may take, in GiB: as much as the weights do.
             timeout_s: seconds to wait for the stage to be declared.
 
@@ -142,8 +142,8 @@ class StagingdWorkerExtension:
         """Whether a version has been prefetched.
 
         Returns:
-            version: which one can be swapped in; None while it is waited for or read, and when none was asked for.
-            reading: whether it is being read: only then another cannot be asked for.
+            ``version`` is the one that can be swapped in; None while it is waited for or read, and when none was asked
+            for. ``reading`` is whether it is being read: only then another cannot be asked for.
 
         Raises:
             StagingError: what kept it from being read; the live weights are as they were.
