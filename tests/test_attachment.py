@@ -27,6 +27,7 @@ from stagingd_vllm.attachment import Attachment  # noqa: E402
 from stagingd_vllm.engine import StagingdEngine  # noqa: E402
 from stagingd_vllm.place import Place  # noqa: E402
 from stagingd_vllm.plugin import register  # noqa: E402
+from stagingd_vllm.receiver import UpdateReport  # noqa: E402
 from stagingd_vllm.sleep import refuse_asleep, weights_asleep  # noqa: E402
 from vllm.device_allocator import AllocationData  # noqa: E402
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # noqa: E402
@@ -58,6 +59,52 @@ def test_a_worker_tells_which_tensors_its_models_loader_computes_with_and_why() 
     assert told["computed"] == {"a_log": computed.reason}
     assert told["bytes_per_update"] == 8
     assert "1 tensors by the model's own loader" in told["plan"]
+
+
+class Told:
+    """Stands for a reporter."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, int, int]] = []
+        self.closed = False
+
+    def tell(self, what: str, version: int, size: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.reports.append((what, version, size))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Fakes(SimpleNamespace):
+    """Reader, receiver and shadow at once, of one version."""
+
+    bytes = 77
+
+    def lease(self, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(version=5)
+
+    def apply(self, lease: SimpleNamespace) -> UpdateReport:
+        return UpdateReport(lease.version, 1, 33, 0.25)
+
+    def check(self) -> None: ...
+    def take(self, shadow: object, version: int) -> None: ...
+    def close(self) -> None: ...
+
+
+def test_a_worker_reports_what_it_makes_live_and_stops_reporting_when_it_leaves() -> None:
+    fakes, told = Fakes(), Told()
+    attachment = Attachment(Place("e", 0, 1), fakes, fakes, shadow=fakes, reporter=told)  # type: ignore[arg-type]
+    attachment.__dict__["_witness"] = SimpleNamespace(look=lambda: None)
+    attachment._prefetcher = SimpleNamespace(  # type: ignore[assignment]
+        refuse_while_reading=lambda: None, version=lambda _: 6, forget=lambda: None, close=lambda _: None
+    )
+    attachment.update()
+    attachment.swap(version=6)
+    assert told.reports == [("updated", 5, 33), ("swapped", 6, 77)]
+    assert not told.closed
+    attachment.detach()
+    assert told.closed
 
 
 @dataclass

@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from daemons import DEADLINE_S, Puppet, RunningDaemon, eventually
+from daemons import DEADLINE_S, Puppet, RunningDaemon, eventually, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from stagingd_client import Stage
 from stagingd_vllm import Reader
 from stagingd_vllm.reporter import LONGEST_QUEUE, Reporter
+from test_quantized_stage import publish as publish_quantized
+from test_quantized_stage import trainers as quantizing
+from test_quantized_stage import weights as quantized_weights
 
 from stagingd import history as remembered
 from stagingd import wire
 from stagingd.connection import Connection
 from stagingd.errors import DaemonUnreachable, MessageRefused, OutOfOrder
+from stagingd.formats import StageFormat
 from stagingd.history import History, Span, VersionHistory
 from stagingd.totals import BOUNDS_S
 
@@ -170,6 +175,7 @@ def test_the_daemon_remembers_what_trainers_and_readers_did(daemon: RunningDaemo
         with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader:
             with reader.lease():
                 assert spans(history_of(daemon, stage_name)[0])["read", "e", 0].end_s is None
+            assert spans(history_of(daemon, stage_name)[0])["read", "e", 0].end_s is not None
             reporter = Reporter(stage_name, "e", 0, daemon.socket)
             reporter.tell("swapped", 3, 64, 0.001)
             reporter.close()
@@ -190,7 +196,6 @@ def test_the_daemon_remembers_what_trainers_and_readers_did(daemon: RunningDaemo
     assert swap.end_s - swap.begin_s == pytest.approx(0.001)
     marks = [started, third.begun_s, third.sealed_s, swap.begin_s, swap.end_s, fourth.begun_s, fourth.sealed_s]
     assert marks == sorted(marks, key=float)
-    assert spans(third)["read", "e", 0].end_s is not None
     assert "the test says so" in fifth.reason
     assert fifth.sealed_s is None
 
@@ -199,21 +204,46 @@ def test_a_restarted_daemon_counts_from_its_own_beginning(own_daemon: RunningDae
     with Stage.open(stage_name, rank=0, ranks=1, socket=own_daemon.socket) as stage:
         stage.declare(WEIGHTS)
         publish(stage, 1)
-        stage.begin(2)
-        stage.put("w", WEIGHTS["w"])
-        filling = lambda: "filling" in [slot.state for slot in own_daemon.stage(stage_name).slots]  # noqa: E731
-        eventually(filling, "version 2 to be begun")
-        own_daemon.restart()
-        restarted = time.monotonic()
-        stage.commit().wait()
+        with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=own_daemon.socket) as reader:
+            with reader.lease():
+                stage.begin(2)
+                stage.put("w", WEIGHTS["w"])
+                filling = lambda: "filling" in [slot.state for slot in own_daemon.stage(stage_name).slots]  # noqa: E731
+                eventually(filling, "version 2 to be begun")
+                own_daemon.restart()
+                restarted = time.monotonic()
+                stage.commit().wait()
         first, second = history_of(own_daemon, stage_name)
         assert (first.version, second.version) == (1, 2)
-        assert not first.spans
-        assert first.begun_s == first.sealed_s
+        assert set(spans(first)) == {("read", "e", 0)}
+        assert first.begun_s == first.sealed_s == spans(first)["read", "e", 0].begin_s
         assert second.begun_s == first.begun_s < restarted
         assert second.sealed_s is not None
         assert second.sealed_s > restarted
         assert set(spans(second)) == {("fill", "trainer", 0), ("seal", "daemon", 0)}
+
+
+def test_a_read_ends_where_its_lease_is_lost(tmp_path: Path, stage_name: str) -> None:
+    with serving(tmp_path, "--lease-s", "0.05") as daemon:
+        with Stage.open(stage_name, rank=0, ranks=1, socket=daemon.socket) as stage:
+            stage.declare(WEIGHTS)
+            publish(stage, 1)
+            with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader:
+                reader.lease()
+                ended = lambda: spans(history_of(daemon, stage_name)[0])["read", "e", 0].end_s  # noqa: E731
+                eventually(ended, "the read to end")
+
+
+def test_what_trainers_that_quantize_measure_is_remembered(daemon: RunningDaemon, stage_name: str) -> None:
+    with quantizing(daemon, stage_name, StageFormat.FP8_PER_TENSOR) as stages:
+        publish_quantized(stages, 1, quantized_weights(1))
+        found = spans(history_of(daemon, stage_name)[0])
+    for rank in range(2):
+        measure, fill = found["measure", "trainer", rank], found["fill", "trainer", rank]
+        assert measure.end_s is not None
+        assert fill.end_s is not None
+        assert fill.begin_s <= measure.begin_s <= measure.end_s <= fill.end_s
+    assert found["measure", "trainer", 0].end_s == found["measure", "trainer", 1].end_s
 
 
 def test_a_killed_reader_reads_no_more(daemon: RunningDaemon, stage_name: str) -> None:

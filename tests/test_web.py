@@ -215,13 +215,16 @@ def test_a_request_that_comes_byte_by_byte_is_cut_off(monkeypatch: pytest.Monkey
 
 def test_a_crowd_is_turned_away_and_then_it_is_served_again(working: tuple[RunningDaemon, int]) -> None:
     daemon, port = working
-    silent = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(2 * MOST_REQUESTS)]
     threads = lambda: len(list(Path(f"/proc/{daemon.process.pid}/task").iterdir()))  # noqa: E731
     before = threads()
+    silent = [socket.create_connection(("127.0.0.1", port), DEADLINE_S) for _ in range(MOST_REQUESTS)]
+    eventually(lambda: threads() >= before + MOST_REQUESTS, "all of them to be listened to")
+    with pytest.raises(ConnectionError):
+        get(port, "/healthz")
     assert daemon.stage(STAGE).sealed_versions == 3  # the event loop does not notice
     for one in silent:
         one.close()
-    eventually(lambda: threads() <= before - MOST_REQUESTS // 2, "the threads to end")
+    eventually(lambda: threads() <= before, "the threads to end")
     assert get(port, "/healthz")[0] == 200
 
 
