@@ -52,15 +52,16 @@ class LayerMoments:
 
     def of(self, stored: StoredMoments) -> Moments:
         """The moments of the layers, in their order."""
-        nonfinite = stored.nonfinite[self._cells].astype(np.int64)  # copies: what follows is not rewritten by anybody
-        found = Moments(
-            self._elements_of - nonfinite,
-            stored.mean[self._cells].astype(np.float64),
-            stored.m2[self._cells].astype(np.float64),
-            stored.amax[self._cells],
-            nonfinite,
-        )
-        with np.errstate(over="ignore", invalid="ignore"):  # M2 of great values is infinite: it is stored as fp32
+        # M2 of great values is infinite, since it is stored as fp32; and what trainers store may be anything at all.
+        with np.errstate(over="ignore", invalid="ignore"):
+            nonfinite = stored.nonfinite[self._cells].astype(np.int64)  # copies: what follows is rewritten by nobody
+            found = Moments(
+                self._elements_of - nonfinite,
+                stored.mean[self._cells].astype(np.float64),
+                stored.m2[self._cells].astype(np.float64),
+                stored.amax[self._cells],
+                nonfinite,
+            )
             return merge_groups(found, self._layer, self._layers)
 
 

@@ -97,7 +97,7 @@ class VersionHealth:
         if self.moments is None:
             return ()
         found, errors = self.moments, self.errors
-        std = np.sqrt(found.variance)
+        std = standard_deviation(found)
         return tuple(
             LayerHealth(
                 layer=name,
@@ -109,6 +109,13 @@ class VersionHealth:
             )
             for at, name in enumerate(names)
         )
+
+
+def standard_deviation(moments: Moments) -> npt.NDArray[np.float64]:
+    """Of the population, cell by cell; NaN where a trainer has stored what cannot be: an M2 below 0."""
+    with np.errstate(invalid="ignore"):
+        deviation: npt.NDArray[np.float64] = np.sqrt(moments.variance)
+    return deviation
 
 
 def _shares(sums: Sequence[float] | None) -> dict[str, float | None]:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from concurrent.futures import Future
 from functools import reduce
 
@@ -23,11 +25,13 @@ from stagingd import wire
 from stagingd.connection import Connection
 from stagingd.errors import MessageRefused, UnknownTensor
 from stagingd.examination import Examined, Examiner, LayerMoments
-from stagingd.health import Health, LayerError
+from stagingd.health import Health, LayerError, VersionHealth
 from stagingd.hosted import HostedStage
 from stagingd.layers import MOST_LAYERS, REST, Layers
 from stagingd.moments import ALL_GRIDS, Grid, Moments, merge_groups, merged
 from stagingd.progress import Progress
+from stagingd.web import api
+from stagingd.web.snapshot import StageSnapshot
 
 # Layers
 
@@ -113,6 +117,21 @@ def test_moments_of_layers_are_those_of_all_their_values(grids: tuple[Grid, ...]
     np.testing.assert_allclose(found.mean, [values.mean(), -0.5, 0], rtol=1e-4)
     np.testing.assert_allclose(np.sqrt(found.variance), [values.std(correction=0), 0, 0], rtol=1e-4)
     np.testing.assert_array_equal(found.amax, np.float32([values.abs().max(), 0.5, 0]))
+
+
+def test_whatever_trainers_store_is_told_of_without_a_complaint() -> None:
+    garbage = np.random.default_rng(0)
+    with private_stage(TENSORS) as stage, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layers = Layers.from_tensors([tensor.name for tensor in stage.catalog.tensors if tensor.has_moments])
+        places, memory = LayerMoments(stage.catalog, layers), stage.made.slot(0)
+        for attempt in range(50):
+            at, end = stage.catalog.moments_offset, stage.catalog.progress_offset
+            memory[at:end] = garbage.bytes(end - at) if attempt else b"\xff" * (end - at)
+            found = VersionHealth(1, attempt, 0, places.of(stage.made.moments(0)))
+            assert len(found.layers(layers.names)) == len(layers.names)
+            told = StageSnapshot(None, (), {}, 0, layers.names, (found,))
+            json.loads(api.health(told, None, 0), parse_constant=pytest.fail)  # NaN and Infinity are no JSON
 
 
 # What is remembered
