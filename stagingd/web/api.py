@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stagingd.engines import engine_states
-from stagingd.health import VersionHealth
+from stagingd.health import VersionHealth, standard_deviation
 from stagingd.metrics import newest_sealed
 from stagingd.rates import pauses, rates
 from stagingd.web.snapshot import Snapshot, StageSnapshot
@@ -70,7 +70,7 @@ def versions(stage: StageSnapshot, snapshot: Snapshot, last: int) -> bytes:
         snapshot: of which it is a part.
         last: how many.
     """
-    told = [
+    told = (
         {
             "version": one.version,
             "attempt": one.attempt,
@@ -81,8 +81,10 @@ def versions(stage: StageSnapshot, snapshot: Snapshot, last: int) -> bytes:
             "spans": [[s.what, s.who, s.rank, s.begin_s, s.end_s, s.bytes] for s in one.spans],
         }
         for one in (stage.versions[-last:] if last else ())
-    ]
-    return _as_json({"now_s": snapshot.at_s, "ranks": stage.status.ranks, "versions": told})
+    )
+    # Version by version: the encoder does not let go of the interpreter, which the event loop is to have meanwhile.
+    head = _as_json({"now_s": snapshot.at_s, "ranks": stage.status.ranks})
+    return head[:-1] + b',"versions":[' + b",".join(map(_as_json, told)) + b"]}"
 
 
 def health(stage: StageSnapshot, _: Snapshot, since: int) -> bytes:
@@ -112,7 +114,7 @@ def _version(one: VersionHealth) -> bytes:
         told |= {
             "amax": _rounded(moments.amax),
             "mean": _rounded(moments.mean),
-            "std": _rounded(np.sqrt(moments.variance)),
+            "std": _rounded(standard_deviation(moments)),
             "nonfinite": moments.nonfinite.tolist(),
         }
     if errors is not None:
