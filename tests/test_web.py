@@ -10,6 +10,7 @@ import http.client
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from daemons import DEADLINE_S, RunningDaemon, eventually, serving
 from stagingd_client import Stage
 from stagingd_vllm import Reader
 from stagingd_vllm.reporter import Reporter
+from structlog.testing import capture_logs
 
 from stagingd import wire
 from stagingd.health import LayerError
@@ -172,8 +174,20 @@ def test_a_name_that_a_stranger_gave_this_machine_is_refused(working: tuple[Runn
     _, port = working
     assert get(port, "/api/stages", Host=f"localhost:{port}")[0] == 200
     assert get(port, "/api/stages", Host=f"[::1]:{port}")[0] == 200
-    assert get(port, "/api/stages", Host=f"example.com:{port}")[0] == 421
-    assert get(port, "/api/stages", Host="example.com")[0] == 421
+    assert get(port, "/api/stages", Host="[::1]")[0] == 200
+    for name in (f"example.com:{port}", "example.com", "127.0.0.1.example.com", "10.0.0.1", "[::2]", "[", ""):
+        assert get(port, "/api/stages", Host=name)[0] == 421, name
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost"])
+def test_every_loopback_address_can_be_served_at_and_goes_by_its_own_name(host: str) -> None:
+    server = Server(host, 0, Board(lambda: None))
+    try:
+        with closing(http.client.HTTPConnection(host, server.port, timeout=DEADLINE_S)) as connection:
+            connection.request("GET", "/")
+            assert connection.getresponse().status == 200
+    finally:
+        server.close()
 
 
 def test_the_pages_policy_admits_its_own_style_and_script_and_nothing_else(working: tuple[RunningDaemon, int]) -> None:
@@ -189,7 +203,62 @@ def test_the_pages_policy_admits_its_own_style_and_script_and_nothing_else(worki
     assert " onclick=" not in body
 
 
-# Who is slow, or comes in crowds
+# Who sends what is no request, is slow, or comes in crowds
+
+
+def sent(port: int, data: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"\0" * 100, 400),
+        (b"GET\r\n\r\n", 400),
+        (b"GET / HTTP/9.9\r\n\r\n", 505),
+        (b"\xff\xfe / HTTP/1.0\r\n\r\n", 501),
+        (b"TRACE / HTTP/1.0\r\n\r\n", 501),
+        (b"GET /healthz HTTP/1.0\r\n" + b"X:\r\n" * 101 + b"\r\n", 431),
+    ],
+)
+def test_what_is_no_request_is_refused_in_a_line(working: tuple[RunningDaemon, int], data: bytes, status: int) -> None:
+    head, _, body = sent(working[1], data).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 %d " % status), head
+    assert b"X-Content-Type-Options: nosniff" in head
+    assert b"<" not in body
+
+
+def test_a_request_is_read_as_far_as_its_limit(working: tuple[RunningDaemon, int]) -> None:
+    head = b"GET /healthz HTTP/1.0\r\nX: "
+    fits = head + b"y" * (web.REQUEST_BYTES - len(head) - 4) + b"\r\n\r\n"
+    assert sent(working[1], fits).startswith(b"HTTP/1.0 200 ")
+    assert sent(working[1], fits.replace(b"y", b"yy", 1)).startswith(b"HTTP/1.0 431 ")
+
+
+def test_who_asks_nothing_is_told_nothing(working: tuple[RunningDaemon, int]) -> None:
+    assert sent(working[1], b"") == b""
+
+
+def test_a_defect_is_logged_and_a_client_that_is_gone_is_not() -> None:
+    server = Server("127.0.0.1", 0, Board(lambda: None))
+    server._http.answerer.answer = lambda *_: 1 // 0  # type: ignore[method-assign, assignment]
+    try:
+        with capture_logs() as logged:
+            with socket.create_connection(("127.0.0.1", server.port), DEADLINE_S) as gone:
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+                gone.sendall(b"GET")
+            eventually(lambda: logged, "the lost client to be seen")
+            assert sent(server.port, b"GET / HTTP/1.0\r\n\r\n") == b""
+            eventually(lambda: len(logged) > 1, "the defect to be logged")
+    finally:
+        server.close()
+    assert [(entry["event"], entry["log_level"]) for entry in logged] == [
+        ("http_client_lost", "debug"),
+        ("http_failed", "error"),
+    ]
 
 
 def test_a_request_that_comes_byte_by_byte_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Serving snapshots over HTTP: metrics, health, readiness, and the status page.
 
-Apart from the event loop, in threads of a bounded number. A request is a GET, of bounded length, and is given
+Apart from the event loop, in threads of a bounded number. A request is a GET of at most ``REQUEST_BYTES``, and is given
 ``REQUEST_S`` seconds to come and as long to be answered. Nothing in it names a file. There is no password: whoever
 reaches the address may read what is served, and nothing can be changed by it.
 """
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import ipaddress
+import re
 import socket
 import socketserver
+import sys
 import threading
 import time
 from http import HTTPStatus
@@ -31,14 +33,20 @@ REQUEST_S: Final = 5.0
 MOST_REQUESTS: Final = 16
 """Requests that are served at once; more are told to come again."""
 
+REQUEST_BYTES: Final = 16 * 2**10
+"""Bytes of a request with its headers. http.server alone would keep a hundred lines of 64 KiB."""
+
 LONGEST_PATH: Final = 2048
 """Bytes of a request's path with its query."""
 
-LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
-"""What a browser calls this machine. Any other name that leads here is one by which a stranger's page wants to read."""
+LOCAL_NAME: Final = "localhost"
+"""What a browser calls this machine, or a loopback address of it. Any other name that leads here is one by which a
+stranger's page wants to read."""
 
 STOP_S: Final = 0.1
 """How often it is looked whether the daemon ends, in seconds."""
+
+_PORT: Final = re.compile(r":\d*$")
 
 log = structlog.get_logger()
 
@@ -114,29 +122,41 @@ class _Http(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - as socketserver calls it
-        log.debug("http_failed", peer=str(client_address), exc_info=True)
+        if isinstance(sys.exception(), OSError):  # the client is gone, or was too slow
+            log.debug("http_client_lost", peer=str(client_address))
+        else:
+            log.exception("http_failed", peer=str(client_address))
 
 
 def _is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host == LOCAL_NAME
+
+
+class _TooLong(Exception):
+    """A client has sent more than a request may have."""
 
 
 class _Deadline(io.RawIOBase):
-    """What a client sends, all of it until a time; its slowness cannot be drawn out byte by byte."""
+    """What a client sends, all of it until a time, and so much of it; its slowness cannot be drawn out byte by byte."""
 
     def __init__(self, connection: socket.socket, until: float) -> None:
         self._connection = connection
         self._until = until
+        self._left = REQUEST_BYTES
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         self._connection.settimeout(max(0.001, self._until - time.monotonic()))
-        return self._connection.recv_into(buffer)
+        received = self._connection.recv_into(buffer)
+        self._left -= received
+        if self._left < 0:
+            raise _TooLong
+        return received
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -147,6 +167,21 @@ class _Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.rfile = io.BufferedReader(_Deadline(self.connection, time.monotonic() + REQUEST_S))
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except _TooLong:
+            self.close_connection = True
+            self.requestline, self.request_version, self.command = "", self.protocol_version, ""
+            self._send(plain(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the request is too long"))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
+        """What http.server itself refuses: a line with the headers of every answer, where it would send a page."""
+        self.close_connection = True
+        if self.request_version == "HTTP/0.9":  # so it is called as long as it is not known: an answer without a head
+            self.request_version = self.protocol_version
+        self._send(plain(HTTPStatus(code), message or HTTPStatus(code).phrase))
 
     def do_GET(self) -> None:
         self._send(self._answer())
@@ -159,14 +194,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> Response:
         if len(self.path) > LONGEST_PATH:
             return plain(HTTPStatus.REQUEST_URI_TOO_LONG, "the path is too long")
-        if self.server.local and self._named() not in LOCAL_NAMES:
-            return plain(HTTPStatus.MISDIRECTED_REQUEST, f"this is served to {', '.join(LOCAL_NAMES)} alone")
+        if self.server.local and not _is_local(self._named()):
+            return plain(HTTPStatus.MISDIRECTED_REQUEST, "call this machine localhost, or by a loopback address")
         return self.server.answerer.answer(self.path, self.headers.get("Accept", ""))
 
     def _named(self) -> str:
         """How the client calls this machine, without the port."""
-        name, _, port = self.headers.get("Host", "localhost").lower().rpartition(":")
-        return name if port.isdigit() else f"{name}:{port}" if name else port
+        named = _PORT.sub("", self.headers.get("Host", LOCAL_NAME).lower())
+        return named[1:-1] if named.startswith("[") and named.endswith("]") else named
 
     def _send(self, response: Response) -> None:
         self.connection.settimeout(REQUEST_S)
