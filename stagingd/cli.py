@@ -118,7 +118,11 @@ def trace(
 @app.command()
 def drop(stage: str, runtime_dir: RuntimeDir = None) -> None:
     """Give the memory of a stage back. Refused while trainers or engines are attached."""
-    with Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd drop") as connection:
+    with (
+        Connection(_settings(runtime_dir=runtime_dir).control_socket, name="stagingd drop") as connection,
+        display.progress(Console(stderr=True)) as say,
+    ):
+        say(f"giving back the memory of stage {stage}")  # up to 0.2 s a GiB
         connection.request(wire.Drop(stage=stage), wire.Done)
     typer.echo(f"stage {stage} is gone")
 

@@ -150,6 +150,7 @@ class Daemon:
             self._mind_the_door()
             if self._board.wanted:
                 self._board.put(snapshot.take(self._service, door_open=self._door_open))
+                self._send(self._service.settle())  # to look is to ask again: nobody's answer may lie there
             self._say_alive()
 
     def _say_alive(self) -> None:

@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Final
 
 import structlog
 
@@ -16,54 +14,25 @@ from stagingd.buffer import DoubleBuffer
 from stagingd.declaration import Declaration, Terms
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.errors import (
-    CatalogMismatch,
     CommitIncomplete,
     NonFiniteValues,
     OutOfOrder,
-    RankTaken,
     StagingError,
-    TooManyPeers,
     VersionAborted,
 )
 from stagingd.health import Health
 from stagingd.history import History
 from stagingd.layers import Layers
 from stagingd.nonfinite import nonfinite_tensors
+from stagingd.question import Question, Tell
+from stagingd.readers import Engine, Readers
 from stagingd.segment import Segment
-from stagingd.session import Session
-from stagingd.slots import Lease, Slot, SlotState
+from stagingd.session import Session, refuse_taken
+from stagingd.slots import Slot, SlotState
 from stagingd.state import StageState
 from stagingd.waiting import Waiting
 
 log = structlog.get_logger()
-
-MAX_READER_RANKS: Final = 1024
-"""Ranks of all engines of a stage together: the ledger has room for their leases."""
-
-Tell = Callable[[str, int | None, str], None]
-"""Called with every event: its name, the version concerned and details for people."""
-
-
-@dataclass
-class Question:
-    """A request whose answer may have to wait.
-
-    Attributes:
-        poll: answers, or says what is awaited; asked again after every change of the stage.
-        give_up: undoes what the request has started; called when its deadline passes.
-    """
-
-    poll: Callable[[], wire.Answer | Waiting]
-    give_up: Callable[[str], None] = lambda _: None
-
-
-@dataclass
-class Engine:
-    """A reader group: the ranks that read a version together. ``gone`` are those that were members and left."""
-
-    ranks: int
-    members: dict[int, Session] = field(default_factory=dict)
-    gone: set[int] = field(default_factory=set)
 
 
 class HostedStage:
@@ -74,7 +43,13 @@ class HostedStage:
     """
 
     def __init__(
-        self, name: str, ranks: int, options: wire.StageOptions, tell: Tell, clock: Callable[[], float]
+        self,
+        name: str,
+        ranks: int,
+        options: wire.StageOptions,
+        tell: Tell,
+        clock: Callable[[], float],
+        buffer: DoubleBuffer | None = None,
     ) -> None:
         self.name = name
         self.ranks = ranks
@@ -83,9 +58,9 @@ class HostedStage:
         self.terms: Terms | None = None
         self.segment: Segment | None = None
         self.trainers: dict[int, Session] = {}
-        self.engines: dict[str, Engine] = {}
-        self.buffer = DoubleBuffer(ranks, options.policy)
+        self.buffer = buffer or DoubleBuffer(ranks, options.policy)
         self.history = History(ranks)
+        self.readers = Readers(name, self.buffer, self.history, tell, clock)
         self.health = Health()
         self.sealed_versions = 0
         self.aborted_versions = 0
@@ -117,12 +92,16 @@ class HostedStage:
     @property
     def revision(self) -> int:
         """Rises with every change."""
-        return self._changes + self.buffer.revision
+        return self._members_changed + self.buffer.revision
 
     @property
     def occasions(self) -> int:
         """Rises with every change by which somebody's waiting can end."""
-        return self._changes + self.buffer.occasions
+        return self._members_changed + self.buffer.occasions
+
+    @property
+    def _members_changed(self) -> int:
+        return self._changes + self.readers.changes
 
     # What outlives the daemon
 
@@ -133,8 +112,8 @@ class HostedStage:
             self._saved = self.revision
 
     def _state(self) -> dict[str, object]:
-        if self._members is None or self._members[0] != self._changes:
-            self._members = self._changes, state.encode(self._who_is_who())
+        if self._members is None or self._members[0] != self._members_changed:
+            self._members = self._members_changed, state.encode(self._who_is_who())
         return {
             "members": self._members[1],
             "buffer": state.buffer_state(self.buffer),
@@ -185,13 +164,14 @@ class HostedStage:
             sessions: those of ``was.members``, in its order.
             tell, clock: as for the stage itself.
         """
-        stage = cls(segment.catalog.stage, segment.catalog.ranks, terms.options, tell, clock)
+        name, ranks = segment.catalog.stage, segment.catalog.ranks
+        buffer = state.restored_buffer(was.buffer, ranks, terms.options.policy)
+        stage = cls(name, ranks, terms.options, tell, clock, buffer)
         stage.segment, stage.terms = segment, terms
         stage.trainers = {rank: sessions[index] for rank, index in was.members.trainers}
         for engine in was.members.engines:
             members = {rank: sessions[index] for rank, index in engine.members}
-            stage.engines[engine.name] = Engine(engine.ranks, members, set(engine.gone))
-        stage.buffer = state.restored_buffer(was.buffer, stage.ranks, stage.options.policy)
+            stage.readers.engines[engine.name] = Engine(engine.ranks, members, set(engine.gone))
         stage.sealed_versions = was.sealed_versions
         stage.aborted_versions = was.aborted_versions
         stage.begins_kept_waiting = was.begins_kept_waiting
@@ -233,7 +213,7 @@ class HostedStage:
     def declare(self, session: Session, message: wire.Declare) -> Question:
         """A trainer rank declares its tensors, or comes back with the same ones."""
         holder, declaration = self.trainers.get(message.rank), self.declaration
-        self._check_free(holder, session, f"rank {message.rank} of stage {self.name!r}")
+        refuse_taken(holder, session, f"rank {message.rank} of stage {self.name!r}", self.name)
         if self.terms is not None:
             self.terms.check_same(message, self._segment().catalog)
         elif declaration is not None:
@@ -282,19 +262,6 @@ class HostedStage:
             self.declaration.forget(rank)
             self.trainers.pop(rank, None)
             self._changes += 1
-
-    def _check_free(self, holder: Session | None, session: Session, what: str) -> None:
-        """Refuse a rank that another session speaks for, unless it may be taken over. Raises RankTaken."""
-        if holder in (None, session):
-            return
-        if holder.identity is None and holder.pid and (holder.pid, holder.uid) == (session.pid, session.uid):
-            return  # the same process has closed that connection, and the daemon was away when it said goodbye
-        raise RankTaken(
-            f"{what} is held by {holder}",
-            remedy="give every process its own rank and every engine its own name, and stop the other one",
-            stage=self.name,
-            peer=str(holder),
-        )
 
     # Trainers
 
@@ -488,119 +455,20 @@ class HostedStage:
 
     # Readers
 
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The engines that are attached, by name."""
+        return self.readers.engines
+
     def attach(self, session: Session, message: wire.Attach) -> wire.Answer:
         """A reader rank joins its engine."""
-        engine = self.engines.get(message.engine) or self._new_engine(message)
-        if engine.ranks != message.ranks or message.rank >= message.ranks:
-            raise CatalogMismatch(
-                f"engine {message.engine!r} rank {message.rank} of {message.ranks} attaches, "
-                f"but the engine has {engine.ranks} ranks",
-                remedy="give every engine its own name, and all its ranks the same count",
-                stage=self.name,
-                rank=message.rank,
-            )
-        holder = engine.members.get(message.rank)
-        self._check_free(holder, session, f"rank {message.rank} of engine {message.engine!r}")
-        if holder not in (None, session):
-            self.buffer.reader_gone(message.engine, message.rank)
-            self.history.released(message.engine, message.rank, self._clock())
-        if holder is not session:
-            engine.members[message.rank] = session
-            engine.gone.discard(message.rank)
-            self.engines[message.engine] = engine
-            self._changes += 1
-        return wire.Attached(segment=self._segment().name, newest=self.buffer.newest_sealed)
-
-    def _new_engine(self, message: wire.Attach) -> Engine:
-        ranks = sum(engine.ranks for engine in self.engines.values())
-        if ranks + message.ranks > MAX_READER_RANKS:
-            raise TooManyPeers(
-                f"engine {message.engine!r} has {message.ranks} ranks, and {ranks} others read stage {self.name!r}",
-                remedy=f"read a stage with at most {MAX_READER_RANKS} ranks on one node",
-                stage=self.name,
-            )
-        return Engine(message.ranks)
-
-    def lease(
-        self, session: Session, message: wire.LeaseVersion, clock: Callable[[], float], lease_s: float
-    ) -> Question:
-        """A reader rank wants a version; a lease granted for it is good for ``lease_s`` seconds."""
-
-        def poll() -> wire.Answer | Waiting:
-            engine = self._check_reader(session, message.engine, message.rank)
-            now, fresh = clock(), self.buffer.next_lease
-            lease = self.buffer.lease(
-                message.engine,
-                engine.ranks,
-                message.rank,
-                version=message.version,
-                newer_than=message.newer_than,
-                until=now + lease_s,
-                early=message.early,
-                again=message.again,
-                gone=engine.gone,
-            )
-            if isinstance(lease, Waiting):
-                return lease
-            self.history.leased(lease.version, lease.engine, message.rank, now)
-            if lease.id == fresh:
-                self._tell("leased", lease.version, f"engine {lease.engine!r}")
-            return wire.Leased(
-                lease=lease.id,
-                version=lease.version,
-                slot=lease.slot.index,
-                deadline_s=lease.until - now,
-                attempt=lease.slot.attempt if lease.early else None,
-            )
-
-        return Question(poll)
-
-    def release(self, session: Session, message: wire.Release) -> Question:
-        """A reader rank has read what it needs. Of what it has read early it is told whether it counts."""
-
-        def poll() -> wire.Answer | Waiting:
-            lease = self.buffer.leases.get(message.lease)
-            if lease is not None:
-                self._check_reader(session, lease.engine, message.rank)
-            waiting = self.buffer.release(message.lease, message.rank, again=message.again)
-            if waiting is not None:
-                return waiting
-            if lease is not None:
-                self.history.released(lease.engine, message.rank, self._clock())
-            if lease is not None and lease.complete:
-                self._tell("released", lease.version, f"engine {lease.engine!r}")
-            return wire.Done()
-
-        def give_up(reason: str) -> None:
-            lease = self.buffer.end_lease(message.lease, reason)
-            if lease is not None:
-                self._lease_lost(lease, reason)
-
-        return Question(poll, give_up)
-
-    def wait_for_readers(self) -> None:
-        """A reader that cannot be seen may be reading, and not know of the restart: it was promised the time."""
-        for lease in self.buffer.leases.values():
-            for rank in lease.holding:
-                session = self.engines[lease.engine].members[rank]
-                if session.expires is not None:
-                    session.expires = max(session.expires, lease.until)
-
-    def end_leases(self, now: float) -> None:
-        """Leases whose time is up are taken from the ranks that have not released them."""
-        for lease in [lease for lease in self.buffer.leases.values() if lease.until <= now]:
-            reason = f"engine {lease.engine!r} ranks {lease.missing} did not release version {lease.version} in time"
-            self.buffer.end_lease(lease.id, reason)
-            self._lease_lost(lease, reason)
-
-    def _lease_lost(self, lease: Lease, reason: str) -> None:
-        self.history.lease_lost(lease.version, lease.engine, self._clock())
-        self._tell("lease_lost", lease.version, reason)
+        segment = self._segment()
+        self.readers.attach(session, message)
+        return wire.Attached(segment=segment.name, newest=self.buffer.newest_sealed)
 
     def report(self, session: Session, message: wire.Report) -> wire.Done:
         """A reader rank tells of itself, by any connection of its process."""
-        engine = self.engines.get(message.engine)
-        member = None if engine is None else engine.members.get(message.rank)
+        member = self.readers.member(message.engine, message.rank)
         if member is None or (member.pid, member.uid) != (session.pid, session.uid):
             raise OutOfOrder(
                 f"{session} reports for rank {message.rank} of engine {message.engine!r}, which another process is, "
@@ -632,15 +500,7 @@ class HostedStage:
             self._changes += 1
             self._forget_declaration(rank)
             self._abort_unfinished(rank, f"{session} {how}")
-        for name, engine in list(self.engines.items()):
-            for rank in [rank for rank, holder in engine.members.items() if holder is session]:
-                del engine.members[rank]
-                engine.gone.add(rank)
-                self._changes += 1
-                self.buffer.reader_gone(name, rank, f"{session} {how}", last=not engine.members)
-                self.history.released(name, rank, self._clock())
-            if not engine.members:
-                del self.engines[name]
+        self.readers.session_gone(session, how)
 
     def _abort_unfinished(self, rank: int, why: str) -> None:
         reason = f"trainer rank {rank}: {why}"
@@ -662,14 +522,3 @@ class HostedStage:
                 stage=self.name,
                 rank=rank,
             )
-
-    def _check_reader(self, session: Session, name: str, rank: int) -> Engine:
-        engine = self.engines.get(name)
-        if engine is None or engine.members.get(rank) is not session:
-            raise OutOfOrder(
-                f"{session} speaks for rank {rank} of engine {name!r} without having attached",
-                remedy="attach first",
-                stage=self.name,
-                rank=rank,
-            )
-        return engine

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stagingd.errors import DeadlineExceeded
-from stagingd.hosted import Question
+from stagingd.question import Question
 from stagingd.session import Session
 from stagingd.waiting import Waiting
 

@@ -31,9 +31,10 @@ from stagingd.errors import (
     UnknownStage,
 )
 from stagingd.examination import Examiner
-from stagingd.hosted import HostedStage, Question, Tell
+from stagingd.hosted import HostedStage
 from stagingd.liveness import Processes
 from stagingd.pending import Pending, overdue
+from stagingd.question import Question, Tell
 from stagingd.recovery import Left, recover
 from stagingd.segment import Segment
 from stagingd.session import Peer, Session, Sessions
@@ -134,9 +135,9 @@ class Service:
                 question = self._stage(request.stage).commit(session, request)
             case wire.LeaseVersion():
                 lease_s = self.settings.lease_s
-                question = self._stage(request.stage).lease(session, request, self.clock, lease_s)
+                question = self._stage(request.stage).readers.lease(session, request, lease_s)
             case wire.Release():
-                question = self._stage(request.stage).release(session, request)
+                question = self._stage(request.stage).readers.release(session, request)
             case wire.Attach():
                 question = self._attach(session, request)
             case _:
@@ -319,7 +320,7 @@ class Service:
         if self.examiner is not None:
             self.examiner.mind(self.stages.values())
         for stage in self.stages.values():
-            stage.end_leases(now)
+            stage.readers.end_leases(now)
         for session in self.sessions:
             if session.expires is not None and session.expires <= now:
                 self._session_gone(session, "did not come back after the daemon was restarted")
@@ -414,7 +415,7 @@ class Service:
         log.info("adopted", stage=name, leases=len(stage.buffer.leases), sessions=len(sessions), **held)
         for session in dead:
             stage.session_gone(session, "died while the daemon was away")
-        stage.wait_for_readers()
+        stage.readers.wait_for_readers()
 
     def hand_over(self) -> None:
         """The daemon ends and a successor will adopt everything: nobody is told, nothing is given back."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stagingd import wire
-from stagingd.errors import Disconnected, PeerDied, PeerNotAdmitted, PeerNotVisible, TooManyPeers
+from stagingd.errors import Disconnected, PeerDied, PeerNotAdmitted, PeerNotVisible, RankTaken, TooManyPeers
 from stagingd.liveness import Processes
 from stagingd.state import SessionRecord
 
@@ -190,3 +190,17 @@ class Sessions:
         if session.identity is not None:
             self._by_identity.pop(session.identity, None)
             session.identity = None
+
+
+def refuse_taken(holder: Session | None, session: Session, what: str, stage: str) -> None:
+    """Refuse a rank that another session speaks for, unless it may be taken over. Raises RankTaken."""
+    if holder in (None, session):
+        return
+    if holder.identity is None and holder.pid and (holder.pid, holder.uid) == (session.pid, session.uid):
+        return  # the same process has closed that connection, and the daemon was away when it said goodbye
+    raise RankTaken(
+        f"{what} is held by {holder}",
+        remedy="give every process its own rank and every engine its own name, and stop the other one",
+        stage=stage,
+        peer=str(holder),
+    )

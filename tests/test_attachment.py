@@ -7,6 +7,7 @@ from __future__ import annotations
 import abc
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import SimpleNamespace
@@ -68,8 +69,9 @@ class Told:
         self.reports: list[tuple[str, int, int]] = []
         self.closed = False
 
-    def tell(self, what: str, version: int, size: int, seconds: float) -> None:
+    def tell(self, what: str, version: int, size: int, seconds: float, errors: tuple[object, ...] = ()) -> None:
         assert seconds >= 0
+        assert not errors
         self.reports.append((what, version, size))
 
     def close(self) -> None:
@@ -97,7 +99,7 @@ def test_a_worker_reports_what_it_makes_live_and_stops_reporting_when_it_leaves(
     attachment = Attachment(Place("e", 0, 1), fakes, fakes, shadow=fakes, reporter=told)  # type: ignore[arg-type]
     attachment.__dict__["_witness"] = SimpleNamespace(look=lambda: None)
     attachment._prefetcher = SimpleNamespace(  # type: ignore[assignment]
-        refuse_while_reading=lambda: None, version=lambda _: 6, forget=lambda: None, close=lambda _: None
+        aside=nullcontext, version=lambda _: 6, forget=lambda: None, close=lambda _: None
     )
     attachment.update()
     attachment.swap(version=6)

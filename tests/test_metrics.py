@@ -243,3 +243,11 @@ def test_the_alerts_ask_for_metrics_that_there_are_and_say_what_to_do() -> None:
 
 def test_a_scrape_is_of_the_moment() -> None:
     assert all(sample.timestamp is None for family in families(busy()).values() for sample in family.samples)
+
+
+def test_the_documentation_lists_every_metric_and_no_other() -> None:
+    page = (DEPLOY.parent / "docs" / "operations" / "metrics.md").read_text()
+    listed = set(re.findall(r"`(stagingd_\w+)`", page))
+    body, _ = exposition(busy(), "")
+    there = re.findall(r"^# TYPE (stagingd_\w+) (?:gauge|counter|histogram)$", body.decode(), re.MULTILINE)
+    assert set(there) == listed
