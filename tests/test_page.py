@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -104,6 +105,46 @@ def test_the_timeline_has_a_bar_for_everything_that_somebody_did(window: Chrome)
         assert cells(window, "#versions tbody tr:first-child > *")[-1] == "aborted: trainer rank 1: it died"
         second = cells(window, "#versions tbody tr:nth-child(2) > *")
         assert second[2:] == ["500 ms", "\N{EN DASH}", "1 ms", "600 ms", "4 ms", "sealed"]
+
+
+def crowded() -> ShownStage:
+    """Many trainers, an engine of many ranks, and many engines of one."""
+    stage = ShownStage("policy", ("a",), trainers=64, readers=16)
+    stage.add()
+    for number in range(40):
+        stage.history.leased(1, f"small-{number:02}", 0, stage.began_s + 3)
+    return stage
+
+
+def test_of_many_ranks_every_one_has_a_bar_and_no_name_is_written_over_another(window: Chrome) -> None:
+    with shown(crowded()) as server:
+        opened(window, server.port)
+        bars = cells(window, "#timeline rect title")
+        assert {f"1: fill by trainer {rank}, 500 ms, 1 GiB" for rank in range(64)} <= set(bars)
+        named = cells(window, "#timeline text.lane")
+        assert {"trainer 0", "trainer 56", "daemon", "rollout 0", "small-00 0"} <= set(named)
+        script = """return [...document.querySelectorAll('#timeline text.lane')].map((one) => {
+            const { y, height } = one.getBBox();
+            return [y, y + height];
+        })"""
+        found = window.execute_script(script)
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(found)), found
+
+
+def test_on_a_narrow_screen_the_timeline_is_scrolled_and_not_shrunk(window: Chrome) -> None:
+    size = window.get_window_size()
+    with shown(busy(9)) as server:
+        try:
+            window.set_window_size(500, 1000)
+            opened(window, server.port)
+            script = """const text = document.querySelector('#timeline text.lane').getBoundingClientRect();
+                const { scrollWidth, clientWidth } = document.documentElement;
+                return [text.height, scrollWidth - clientWidth];"""
+            height, beyond = window.execute_script(script)
+        finally:
+            window.set_window_size(size["width"], size["height"])
+    assert height >= 9  # pixels
+    assert beyond == 0  # of the page, not of what is scrolled by itself
 
 
 def test_what_happens_is_shown_without_a_reload(window: Chrome) -> None:

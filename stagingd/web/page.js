@@ -1,7 +1,7 @@
 "use strict";
 // What clients name (stages, engines, tensors) is only ever set as text, never as markup.
 
-const POLL_MS = 1000, LATE_S = 5, SVG = "http://www.w3.org/2000/svg";
+const POLL_MS = 1000, DRAWING = 4, LATE_S = 5, SVG = "http://www.w3.org/2000/svg";
 const KINDS = { fill: "fill", measure: "measure", seal: "seal", read: "read", swap: "swap", update: "update in place" };
 const COLUMNS = [
   { key: "amax", title: "Amax", format: figure },
@@ -15,7 +15,7 @@ const COLUMNS = [
 const FACTOR = 4, MOST_CLIPPED = 0.01, MOST_ERROR = 0.1, LEAST_VERSIONS = 4;
 
 const page = {
-  pid: null, stage: null, now: 0, heard: 0, next: null,
+  pid: null, stage: null, now: 0, heard: 0, next: null, drawing: 0,
   health: { layers: [], revision: 0, versions: new Map() },
   sort: { key: "notable", down: true }, selected: null,
 };
@@ -143,7 +143,7 @@ function slotRow(stage, slot, number) {
 
 // Timeline
 
-const LABELS = 190, WIDTH = 1120, TOP = 24, TALL = 22, DENSE = 8, MOST_TALL = 48;
+const LABELS = 190, WIDTH = 1120, TOP = 24, TALL = 22, DENSE = 8, MOST_TALL = 48, LETTERS = 14;
 
 function lanes(versions) {
   // A lane for every rank, trainers first; engines in the order in which they came.
@@ -163,14 +163,18 @@ function showTimeline(versions) {
   const picture = at("timeline"), rows = lanes(versions);
   if (!versions.length) return picture.replaceChildren();
   const [first, last] = extent(versions), x = (time) => LABELS + ((time - first) / (last - first)) * WIDTH;
-  const size = rows.length > MOST_TALL ? DENSE : TALL; // of hundreds of ranks, every eighth is named
-  const place = new Map(rows.map((lane, number) => [`${lane.who}\n${lane.rank}`, { y: TOP + number * size, size }]));
-  const bottom = TOP + rows.length * size, all = [];
+  const dense = rows.length > MOST_TALL; // of hundreds of ranks, every eighth is named, where there is room
+  const place = new Map(), all = [];
+  let bottom = TOP, named = -Infinity;
   rows.forEach((lane, number) => {
-    if (number % 2) all.push(drawn("rect", { class: "band", x: 0, y: TOP + number * size, width: LABELS + WIDTH, height: size }));
-    const name = lane.who === "daemon" ? "daemon" : `${lane.who} ${lane.rank}`;
-    if (size === DENSE && lane.rank % 8) return;
-    all.push(drawn("text", { x: 4, y: TOP + number * size + size / 2 + 4 }, name.length > 26 ? `…${name.slice(-25)}` : name));
+    const y = bottom, name = lane.who === "daemon" ? "daemon" : `${lane.who} ${lane.rank}`, size = dense && name !== "daemon" ? DENSE : TALL;
+    place.set(`${lane.who}\n${lane.rank}`, { y, size });
+    bottom += size;
+    if (number % 2) all.push(drawn("rect", { class: "band", x: 0, y, width: LABELS + WIDTH, height: size }));
+    const middle = y + size / 2;
+    if (middle - named < LETTERS || (dense && lane.rank % 8)) return;
+    named = middle;
+    all.push(drawn("text", { x: 4, y: middle + 4, class: "lane" }, name.length > 26 ? `…${name.slice(-25)}` : name));
   });
   for (const [time, text] of ticks(first, last)) {
     all.push(drawn("line", { class: "grid", x1: x(time), x2: x(time), y1: TOP, y2: bottom }));
@@ -392,9 +396,11 @@ async function look() {
   const stage = told.stages.find((one) => one.stage === page.stage);
   if (!stage) return;
   const { versions } = await ask("versions", { stage: page.stage, last: at("last").value });
+  const began = performance.now();
   showNow(stage, versions);
   showTimeline(versions);
   showVersions(versions);
+  page.drawing = performance.now() - began;
   await lookAtHealth(page.stage);
 }
 
@@ -427,7 +433,7 @@ async function loop() {
     const since = page.heard ? `, for ${duration(Math.round((performance.now() - page.heard) / 1000))}` : "";
     say(`No answer from the daemon${since}: ${error.message}`, true);
   }
-  page.next = setTimeout(loop, POLL_MS);
+  page.next = setTimeout(loop, Math.max(POLL_MS, DRAWING * page.drawing)); // what takes long to draw must leave time to be read
 }
 
 function again() {
