@@ -16,12 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 import torch
 from daemons import DEADLINE_S, RunningDaemon, eventually, serving
+from prometheus_client.parser import text_string_to_metric_families
 from stagingd_client import Stage
 from stagingd_vllm import Reader
 from stagingd_vllm.reporter import Reporter
@@ -201,6 +203,41 @@ def test_the_pages_policy_admits_its_own_style_and_script_and_nothing_else(worki
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", body), "the page needs no network"
     assert " style=" not in body
     assert " onclick=" not in body
+
+
+def test_a_trainer_that_waits_for_a_slot_is_known_by_what_the_alert_looks_at(tmp_path: Path) -> None:
+    def waits_for_a_slot(port: int) -> bool:
+        """What the alert StagingdTrainersWait says, without its times."""
+        found = {
+            (sample.name, *sorted(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(get(port, "/metrics")[1])
+            for sample in family.samples
+        }
+        free = [found["stagingd_slot_state", slot, "free", STAGE] for slot in ("0", "1")]
+        waits, filling = found["stagingd_longest_wait_seconds", STAGE], found["stagingd_filling_seconds", STAGE]
+        return waits > 0 and filling == 0 and 1 not in free
+
+    with serving(tmp_path, "--http-port", "0") as daemon, ThreadPoolExecutor(2) as pool, ExitStack() as undo:
+        port = port_of(daemon)
+        stage = undo.enter_context(Stage.open(STAGE, rank=0, ranks=1, socket=daemon.socket))
+        stage.declare(TENSORS)
+        publish(stage, 1)
+        held, idle = (
+            undo.enter_context(Reader.attach(STAGE, engine=name, rank=0, ranks=1, socket=daemon.socket))
+            for name in ("held", "idle")
+        )
+        lease = held.lease()
+        next_one = pool.submit(idle.lease, newer_than=1)
+        eventually(lambda: daemon.stage(STAGE).waiting, "the idle engine to wait")
+        assert not waits_for_a_slot(port)
+        publish(stage, 2)
+        next_one.result(DEADLINE_S).release()
+        begun = pool.submit(stage.begin, 3)
+        eventually(lambda: daemon.stage(STAGE).waiting, "the trainer to wait")
+        eventually(lambda: waits_for_a_slot(port), "that to be told")
+        lease.release()
+        begun.result(DEADLINE_S)
+        eventually(lambda: not waits_for_a_slot(port), "the end of it to be told")
 
 
 # Who sends what is no request, is slow, or comes in crowds
