@@ -4,9 +4,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 FP8_MAX = torch.tensor(448.0)
+
+
+def scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    scale_a: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype,
+    **_: Any,
+) -> torch.Tensor:
+    """The product of FP8 matrices. On processors with AMX torch's own takes hundreds of times as long."""
+    product = (a.float() @ b.float()) * scale_a * scale_b
+    return (product if bias is None else product + bias.float()).to(out_dtype)
+
+
+torch._scaled_mm = scaled_mm
 
 
 def scaled_fp8_quant(

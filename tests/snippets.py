@@ -137,7 +137,8 @@ class Snippets:
 
     def _bash(self, text: str) -> None:
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", text],
+            # Bash would give way to a command that is alone, and stagingd looks by which shell it was started.
+            ["bash", "-euo", "pipefail", "-c", f"{text}\n:"],
             cwd=self.folder,
             env=self.environment(),
             capture_output=True,
