@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from types import TracebackType
 
 import pytest
+from stagingd_vllm import prefetcher as module
 from stagingd_vllm.prefetcher import Prefetcher
 
 from stagingd.errors import DeadlineExceeded, LeaseLost, OutOfOrder, VersionNotAvailable
@@ -215,3 +216,24 @@ def test_nobody_stands_aside_who_reads(writing: Writing) -> None:
     with prefetcher.aside():
         pass
     assert prefetcher.version() == 7, "what is there stays there"
+
+
+def test_a_reader_that_does_not_come_back_is_told_of_as_what_it_is(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLICE_S", 0.0)
+    monkeypatch.setattr(module, "GIVING_UP_S", 0.01)
+    stage, go_on = Later(), threading.Event()
+
+    def stuck(**_: object) -> Lease:
+        stage.waited.set()
+        assert go_on.wait(LONG_S)
+        return Lease(5, False)
+
+    stage.lease = stuck  # type: ignore[method-assign]
+    prefetcher = started(stage, writing)
+    assert stage.waited.wait(LONG_S)
+    prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
+    with pytest.raises(DeadlineExceeded, match="still being read, or asked for"):
+        prefetcher.version(LONG_S)
+    go_on.set()

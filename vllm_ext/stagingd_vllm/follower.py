@@ -296,9 +296,12 @@ class Follower:
 
     async def _idle(self) -> None:
         """Wait until no worker reads; those that only wait for a version make way by themselves."""
-        leased = [lease for lease in (await self._status()).leases if lease.engine == self._engine]
-        if leased:
+        if await self._holds_a_lease():
             await self._prefetched()
+
+    async def _holds_a_lease(self) -> bool:
+        """Whether a worker reads, or has yet to begin with what another reads, by the daemon's word."""
+        return any(lease.engine == self._engine for lease in (await self._status()).leases)
 
     def _forget_read(self) -> None:
         self._armed, self._read = False, None
@@ -332,6 +335,8 @@ class Follower:
             ended = await _heard(self._released)
             if ended and self._read is not None:
                 return self._read
+            if not ended and await self._holds_a_lease():
+                continue  # a version that is read early may take as long to land as its trainers take to step
             for _ in range(POLLS if ended else 1):
                 answers = await self._call(self._llm.collective_rpc("stagingd_prefetched"))
                 # While one of them reads, nobody can be asked to prefetch again.

@@ -71,6 +71,16 @@ class _Request:
             self._given_up = not self.reading
             return self._given_up
 
+    def await_end(self, timeout_s: float) -> None:
+        """Wait until its thread needs the reader no more. Raises DeadlineExceeded."""
+        try:
+            self.outcome.exception(timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"a version is still being read, or asked for, after {timeout_s:g} s",
+                remedy="look at the daemon and at this worker's device, and restart the engine",
+            ) from error
+
 
 class Prefetcher:
     """Reads one version at a time. While it does, the reader and the shadow are its own.
@@ -112,7 +122,7 @@ class Prefetcher:
         def run() -> None:
             try:
                 if before is not None:
-                    before.outcome.exception(SLICE_S + GIVING_UP_S)  # the reader is for one at a time
+                    before.await_end(SLICE_S + GIVING_UP_S)  # the reader is for one at a time
                 request.outcome.set_result(self._read(request))
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where one asks for the outcome
                 request.outcome.set_exception(error)
@@ -154,7 +164,7 @@ class Prefetcher:
         before = self._give_up()
         waiting = before is not None and not before.outcome.done()
         if waiting and before is not None:
-            before.outcome.exception(SLICE_S + GIVING_UP_S)
+            before.await_end(SLICE_S + GIVING_UP_S)
         try:
             yield
         finally:
@@ -176,13 +186,7 @@ class Prefetcher:
         if self._request is None:
             return
         self._request.give_up()
-        try:
-            self._request.outcome.exception(timeout_s)
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"a version is still being read after {timeout_s:g} s",
-                remedy="look at this worker's device, and restart the engine",
-            ) from error
+        self._request.await_end(timeout_s)
 
     def _read(self, request: _Request) -> int:
         with self._leased(request) as lease:

@@ -1,0 +1,66 @@
+# Copyright 2026 The stagingd authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a follower asks an engine for, where no engine is needed to tell."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from stagingd_vllm import follower
+from stagingd_vllm.follower import Follower
+
+from stagingd import wire
+from stagingd.errors import OutOfOrder
+
+
+class Engine:
+    """Notes what it is asked, which would be a pause each time."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def collective_rpc(self, method: str, **_: Any) -> list[dict[str, Any]]:
+        self.asked.append(method)
+        return [{"version": None, "reading": True}]
+
+
+def stage(*engines: str) -> wire.StageStatus:
+    """Leased by some engines."""
+    leases = tuple(
+        wire.LeaseStatus.model_construct(lease=number, engine=engine, version=7)
+        for number, engine in enumerate(engines)
+    )
+    return wire.StageStatus.model_construct(stage="policy", leases=leases, slots=())
+
+
+def test_an_engine_is_not_asked_while_the_daemon_says_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that is read early takes as long as its trainers take to fill it."""
+    monkeypatch.setattr(follower, "WAKE_S", 0.001)
+    looks = []
+
+    async def run() -> int:
+        engine = Engine()
+        following = Follower(engine, "policy", prefetch_gib=1.0, early=True)
+        following._engine = "engine"
+
+        async def status() -> wire.StageStatus:
+            looks.append(None)
+            if len(looks) == 4:
+                following._read = 7
+                following._released.set()
+            return stage("another", "engine")
+
+        monkeypatch.setattr(following, "_status", status)
+        version = await following._prefetched()
+        assert engine.asked == []
+        return version
+
+    assert asyncio.run(run()) == 7
+    assert len(looks) == 4
+
+
+def test_reading_early_needs_memory_for_it() -> None:
+    with pytest.raises(OutOfOrder, match="Give prefetch_gib as well"):
+        Follower(Engine(), "policy", early=True)
