@@ -181,13 +181,17 @@ CASES = [(scheme, ranks, False) for scheme, ranks in itertools.product(SCHEMES, 
 @pytest.mark.parametrize(("scheme", "ranks", "trainers_quantize"), CASES)
 def test_a_shadow_reads_nothing_before_it_has_waited_for_it(scheme: str, ranks: int, trainers_quantize: bool) -> None:
     rank = ranks - 1
-    with a_stage(scheme, ranks, trainers_quantize=trainers_quantize) as stage:
+    with (
+        a_stage(scheme, ranks, trainers_quantize=trainers_quantize) as stage,
+        a_stage(scheme, ranks, trainers_quantize=trainers_quantize) as whole_stage,
+    ):
         early, updated = Parallel(scheme, rank, ranks), Parallel(scheme, rank, ranks)
         shadow = Shadow(early.plan, homes(early.model), stage.catalog, ScaleRule(), CPU, GIB)
         for version in (1, 2):
             shadow.write(LandingLease.of(stage, version, tensors(version)))
             shadow.copy_to_live()
-            Receiver(updated.model, updated.plan, stage).apply(stage.lease(version))
+            written = whole_stage.write(version, tensors(version))
+            Receiver(updated.model, updated.plan, whole_stage).apply(written)
             assert memory(early.model) == memory(updated.model)
 
 
@@ -321,6 +325,28 @@ def test_who_does_not_ask_for_it_waits_for_the_seal(staged: Staged) -> None:
         staged.reader.lease(timeout_s=0.05)
     with pytest.raises(DeadlineExceeded, match="version 1"):
         staged.reader.lease(version=1, timeout_s=0.05)
+
+
+def test_a_rank_that_would_write_in_place_does_not_join_an_early_lease(
+    staged: Staged, daemon: RunningDaemon, stage_name: str
+) -> None:
+    with ExitStack() as opened:
+        beside, in_place = (
+            opened.enter_context(Reader.attach(stage_name, engine="two", rank=rank, ranks=2, socket=daemon.socket))
+            for rank in range(2)
+        )
+        begun(staged, 1)
+        lease = beside.lease(early=True)
+        with pytest.raises(DeadlineExceeded, match=r"version 1 to be committed.*trainer rank 0, trainer rank 1"):
+            in_place.lease(timeout_s=0.05)
+        for stage in staged.trainers:
+            put(stage, 1)
+        for publication in [stage.commit() for stage in staged.trainers]:
+            publication.wait()
+        with in_place.lease(version=1) as joined:
+            assert not joined.early
+            assert joined.read("a").equal(weights(1)["a"])
+        lease.release()
 
 
 def test_an_abort_is_noticed_by_who_waits_for_boxes_and_the_release_is_refused(staged: Staged) -> None:
