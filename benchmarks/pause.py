@@ -6,7 +6,8 @@
 
 A batch generates so many tokens alone, and again while versions are prefetched and swapped in with nothing between
 them. Of each update's time the share that generation took longer is what the update cost. Two versions stand in the
-buffer and are taken in turns, so that no trainer computes on the engine's GPUs meanwhile. Only then does one publish.
+buffer and are taken in turns (``turns.py``), so that no trainer computes on the engine's GPUs meanwhile. Only then does
+one publish.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from benchmarks.read import NOT_RELOADED
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, Row, machine_slug, surroundings
 from benchmarks.staged import Staged, Trainer, served, staging
+from benchmarks.turns import Turns
+from stagingd.connection import Connection
 from stagingd.formats import StageFormat
 
 PROMPT = [1, 5, 9, 7]
@@ -77,13 +80,14 @@ async def generate(llm: Any, batch: int, tokens: int) -> Generation:
     return Generation(time.perf_counter() - begin, tuple(b - a for a, b in itertools.pairwise(came)))
 
 
-async def updates(follower: Follower, newest: int, generating: asyncio.Task[Generation]) -> list[float]:
-    """Take the newest version and the one before in turns until the last token; gives the seconds that each took."""
+async def updates(turns: Turns, generating: asyncio.Task[Generation]) -> list[float]:
+    """Take versions in turns until the last token; gives the seconds that each took."""
     took = []
-    while not generating.done():
-        begin = time.perf_counter()
-        await follower.hold(newest - 1 if follower.version == newest else newest)
-        took.append(time.perf_counter() - begin)
+    async with turns:
+        while not generating.done():
+            begin = time.perf_counter()
+            await turns.take()
+            took.append(time.perf_counter() - begin)
     return took
 
 
@@ -107,22 +111,20 @@ class Beside:
         return [gap - step for gap in sorted(self.updated.gaps)[-len(self.took) :]]
 
 
-async def compare(llm: Any, follower: Follower, newest: int, label: str, batch: int, tokens: int) -> Beside:
+async def compare(llm: Any, turns: Turns, label: str, batch: int, tokens: int) -> Beside:
     """Generate alone, and then while versions are taken."""
     alone = await generate(llm, batch, tokens)
     generating = asyncio.create_task(generate(llm, batch, tokens))
-    took = await updates(follower, newest, generating)
+    took = await updates(turns, generating)
     if len(took) < LEAST_UPDATES:
         raise BenchmarkFailed(f"{label}: only {len(took)} updates while it generated", remedy="raise --tokens")
     return Beside(alone, await generating, tuple(took))
 
 
-async def beside(
-    llm: Any, follower: Follower, newest: int, label: str, batch: int, tokens: int, aim: float | None
-) -> list[Row]:
+async def beside(llm: Any, turns: Turns, label: str, batch: int, tokens: int, aim: float | None) -> list[Row]:
     """The figures of one size of batch."""
     await generate(llm, batch, 16)
-    found = [await compare(llm, follower, newest, label, batch, tokens) for _ in range(REPEATS)]
+    found = [await compare(llm, turns, label, batch, tokens) for _ in range(REPEATS)]
     rate = batch * tokens / statistics.median(one.alone.seconds for one in found)
     pause, took = (
         statistics.median(itertools.chain(*some)) for some in zip(*((o.pauses, o.took) for o in found), strict=True)
@@ -132,7 +134,7 @@ async def beside(
         Row(f"{label}: generated alone", rate, "tokens/s", "higher"),
         Row(f"{label}: generation lost per update", lost * 1e3, "ms", "lower", aim),
         Row(f"{label}: longest delay of a token per update", pause * 1e3, "ms", "lower", PAUSE_AIM),
-        Row(f"{label}: from asking for a version to computing with it", took * 1e3, "ms", "lower"),
+        Row(f"{label}: from one version to computing with the next", took * 1e3, "ms", "lower"),
     ]
 
 
@@ -188,11 +190,14 @@ async def measure(
             read = await ask("stagingd_measure", updates=5)
             seconds = max(statistics.median(rank["seconds"]) for rank in read)
             found.append(Row(f"{label}: read in place, by an engine that stands", seconds * 1e3, "ms", "lower"))
+            await follower.hold(trainer.newest)
+            with Connection(stages.socket, name="benchmarks.pause") as connection:
+                turns = Turns(llm, model, trainer.newest, trainer.newest - 1, connection)
             for batch in batches:
-                aim = LOST_AIMS.get(ranks)
-                found += await beside(llm, follower, trainer.newest, f"{label}, batch {batch}", batch, tokens, aim)
+                found += await beside(llm, turns, f"{label}, batch {batch}", batch, tokens, LOST_AIMS.get(ranks))
             middle = batches[len(batches) // 2]
             found += await published(llm, follower, trainer, f"{label}, batch {middle}", middle, tokens)
+            refuse_inexact(label, await ask("stagingd_check"))
             if torch.cuda.is_available() and mode not in NOT_RELOADED and stages.stage_format is None:
                 times = await ask("stagingd_reload", times=3)
                 reloaded = max(statistics.median(rank["seconds"]) for rank in times)

@@ -70,6 +70,14 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         return {"seconds": [_timed(device, update) for _ in range(updates)]}
 
     @answering
+    def stagingd_take(self: Worker, version: int, then: int) -> Answer:
+        """Makes live what was prefetched, and has another version prefetched, as ``stagingd_swap`` with ``follow``."""
+        attachment = attachment_of(self)
+        attachment.swap(version=version, timeout_s=1.0)  # the daemon's word comes a little before the thread's
+        attachment.prefetch(version=then)
+        return {}
+
+    @answering
     def stagingd_check(self: Worker) -> Answer:
         """Some parameters, of all bytes and scales, against the stage's tensors."""
         attachment = attachment_of(self)

@@ -20,9 +20,9 @@ from stagingd.doctor.installed import PYTHON_RUN, TITAN, TORCH, VLLM, Installed,
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 
 
-def judged(python: str = "3.12.3", **versions: str | None) -> dict[str, Finding]:
+def judged(python: str = "3.12.3", stagingd: str | None = "0.1.0", **versions: str | None) -> dict[str, Finding]:
     packages = {"torch": "2.11.0", "vLLM": "0.26.0", "TorchTitan": "0.3.0"} | versions
-    found = judge_installed(Installed(python=python, stagingd="0.1.0", packages=packages, driver="580.159.04"))
+    found = judge_installed(Installed(python=python, stagingd=stagingd, packages=packages, driver="580.159.04"))
     return {finding.check: finding for finding in found}
 
 
@@ -59,6 +59,12 @@ def test_other_versions_are_told_of_by_how_well_they_are_known(package: str, ver
 
 def test_a_python_that_nobody_has_tried_is_a_note() -> None:
     assert judged(python="3.15.0")["Python"].level is Level.NOTE
+
+
+def test_stagingd_may_run_from_a_source_tree_that_nobody_installed() -> None:
+    python = judged(stagingd=None)["Python"]
+    assert python.level is Level.OK
+    assert "from a source tree" in python.found
 
 
 @pytest.mark.parametrize("minor", range(20, 40))

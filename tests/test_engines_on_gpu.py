@@ -11,7 +11,7 @@ millions is another (``test_schemes_on_gpu.py``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ def engine(path: Path, mode: str | None, ranks: int, graphs: bool) -> Iterator[A
     """An engine that was started from a checkpoint; one of one rank is in this process, which has imported vLLM."""
     vllm = pytest.importorskip("vllm")
     captured = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2]}
-    with pytest.MonkeyPatch.context() as environment:
+    with pytest.MonkeyPatch.context() as environment, ExitStack() as cleanup:
         environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        cleanup.callback(forget_engine, vllm)
         llm = vllm.LLM(
             str(path),
             skip_tokenizer_init=True,
@@ -77,11 +78,15 @@ def engine(path: Path, mode: str | None, ranks: int, graphs: bool) -> Iterator[A
             worker_extension_cls="gpu_extension.GpuExtension",
             **({"compilation_config": captured} if graphs else {"enforce_eager": True}),
         )
-    try:
+        cleanup.callback(llm.llm_engine.engine_core.shutdown)
         yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        vllm.distributed.cleanup_dist_env_and_memory()
+
+
+def forget_engine(vllm: Any) -> None:
+    """What vLLM keeps of an engine for its whole process: its groups, and the pool of its graphs' memory."""
+    vllm.distributed.cleanup_dist_env_and_memory()
+    platform = vllm.platforms.current_platform
+    type(platform)._global_graph_pool = None  # torch refuses a pool whose graphs are gone
 
 
 def generated(llm: Any) -> list[list[dict[int, float]]]:

@@ -53,13 +53,13 @@ class Installed(Record):
     """Versions; None of what is not installed.
 
     Attributes:
-        python, stagingd: of this process.
+        python, stagingd: of this process; stagingd has none where it runs from a source tree.
         packages: by the package's name.
         driver: of NVIDIA's kernel module.
     """
 
     python: str
-    stagingd: str
+    stagingd: str | None
     packages: dict[str, str | None]
     driver: str | None
 
@@ -69,7 +69,7 @@ def read_installed(files: Files) -> Installed:
     driver = re.search(r"Kernel Module\s.*?(\d+\.\d[\d.]*)", files.text("proc/driver/nvidia/version") or "")
     return Installed(
         python=".".join(map(str, sys.version_info[:3])),
-        stagingd=metadata.version("stagingd"),
+        stagingd=_version(("stagingd",)),
         packages={known.package: _version(known.distributions) for known in (TORCH, VLLM, TITAN)},
         driver=driver[1] if driver else None,
     )
@@ -93,7 +93,7 @@ def judge_installed(installed: Installed) -> list[Finding]:
 
 
 def _judge_python(installed: Installed) -> Finding:
-    found = f"stagingd {installed.stagingd} on Python {installed.python}"
+    found = f"stagingd {installed.stagingd or 'from a source tree'} on Python {installed.python}"
     if _numbers(installed.python)[:2] in PYTHON_RUN:
         return ok("Python", found)
     return Finding(
