@@ -106,8 +106,27 @@ async def paused(llm: Any, follower: Follower, trainer: Trainer, label: str, bat
     ]
 
 
+def on_the_way(stages: Staged, model: str, made: Sequence[Published], label: str) -> list[Row]:
+    """When, since the last put, what it takes was done, by the daemon's clock, which is the trainers'."""
+    with Connection(stages.socket, name="benchmarks.latency") as connection:
+        report = connection.request(wire.History(stage=model), wire.HistoryReport)
+    put = {one.version: one.put for one in made}
+    ended: dict[str, list[float]] = {}
+    for one in report.versions:
+        for what in ("measure", "seal", "read") if one.version in put else ():
+            ends = [span.end_s for span in one.spans if span.what == what and span.end_s is not None]
+            if ends:
+                ended.setdefault(what, []).append(max(ends) - put[one.version])
+    names = {"measure": "all moments known", "seal": "sealed", "read": "read by all workers"}
+    return [
+        Row(f"{label}: from the last put to {names[what]}", milliseconds(s), "ms", "lower") for what, s in ended.items()
+    ]
+
+
 async def overlapped(
     llm: Any,
+    stages: Staged,
+    model: str,
     follower: Follower,
     trainer: Trainer,
     label: str,
@@ -118,8 +137,10 @@ async def overlapped(
 ) -> list[Row]:
     """From the last put to swapped, by an engine that generates nothing, and by one that does."""
     await one_version(follower, trainer)
-    took = milliseconds([(await one_version(follower, trainer))[1] for _ in range(REPEATS)])
+    made = [await one_version(follower, trainer) for _ in range(REPEATS)]
+    took = milliseconds([seconds for _, seconds in made])
     found = [
+        *on_the_way(stages, model, [one for one, _ in made], label),
         Row(f"{label}: from the last put to swapped", took, "ms", "lower"),
         Row(f"{label}: of the larger of flush and read", took / larger, "ratio", "lower", aim),
     ]
@@ -164,7 +185,7 @@ async def measure(
                     larger = max(flush, read)
                 how = f"{label}, read {'as it lands' if early else 'once sealed'}"
                 aim = OVERLAP_AIM if early else None
-                found += await overlapped(llm, follower, trainer, how, larger, aim, batch, tokens)
+                found += await overlapped(llm, stages, model, follower, trainer, how, larger, aim, batch, tokens)
                 refuse_inexact(label, checked(await llm.collective_rpc("stagingd_check")))
         if backend:
             sent = await nccl_seconds(model, ranks, llm)

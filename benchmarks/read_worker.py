@@ -84,7 +84,7 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         plan, live = attachment.receiver.plan, homes(self.get_model())
         checked = plan.parameters[:: -(-len(plan.parameters) // CHECKED)]
         found = Exactness()
-        with attachment.reader.lease() as lease:
+        with attachment._prefetcher.aside(), attachment.reader.lease() as lease:
             read = lease.read
             if attachment.reader.catalog.format is not None:
                 needed = {entry.tensor for entry in plan.entries if entry.region.parameter in checked}
@@ -99,7 +99,7 @@ class ReadWorkerExtension(StagingdWorkerExtension):
         """Seconds of vLLM's own layerwise reload, from whole tensors that are in pinned memory already."""
         attachment, model = attachment_of(self), self.get_model()
         device = next(model.parameters()).device
-        with attachment.reader.lease() as lease:
+        with attachment._prefetcher.aside(), attachment.reader.lease() as lease:
             pinned = {
                 name: lease.read(name).pin_memory() for name in (t.name for t in attachment.reader.catalog.tensors)
             }

@@ -295,7 +295,7 @@ class HostedStage:
         return Waiting(waiting.what, attached or ("an engine, none of which has attached",))
 
     def measure(self, session: Session, message: wire.Measure) -> Question:
-        """A trainer rank has stored all its moments, and waits for those of the others."""
+        """A trainer rank has stored the moments of what it quantizes, and waits for those of the others."""
         self._check_trainer(session, message.rank)
         if self._segment().catalog.format is None:
             raise OutOfOrder(

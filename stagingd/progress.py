@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a version has come that is still being filled: numbers behind a slot's moments, for readers that begin early.
 
-    line 0        the daemon's: the attempt that the slot is filled by, the one whose moments are all there (where
-                  trainers quantize: so that scales are final), and the one that is sealed
+    line 0        the daemon's: the attempt that the slot is filled by, the one of which all moments of what trainers
+                  quantize are there (so that its scales are final), and the one that is sealed
     line 1 + r    trainer rank r's: the attempt that it takes part in, and how many of its boxes have landed
 
 A line is 64 bytes of uint64. Whenever a version is begun that is a new attempt, with a number of its own, from 1 on: a
@@ -73,7 +73,7 @@ class Progress:
         self._lines[0, _FILLING] = attempt
 
     def measured(self, attempt: int) -> None:
-        """The moments of all ranks are there."""
+        """The moments of what is quantized are there, of all ranks."""
         self._lines[0, _MEASURED] = attempt
 
     def sealed(self, attempt: int) -> None:
@@ -106,7 +106,7 @@ class Progress:
         return int(self._lines[0, _SEALED]) == attempt
 
     def is_measured(self, attempt: int) -> bool:
-        """Whether the moments of all ranks are there, where trainers quantize."""
+        """Whether the moments of what is quantized are there, of all ranks."""
         return self.is_sealed(attempt) or int(self._lines[0, _MEASURED]) == attempt
 
     def has(self, attempt: int, needs: Needs) -> bool:

@@ -106,7 +106,7 @@ class Begin(Record):
 
 
 class Measure(Record):
-    """A trainer rank has stored the moments of all that it owns. Answered by Measured once all ranks have.
+    """A trainer rank has stored the moments of what it owns and quantizes. Answered by Measured once all ranks have.
 
     Where trainers quantize, scales follow from the moments of all of them.
     """

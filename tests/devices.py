@@ -146,8 +146,9 @@ def cast_in_torch(work: Work) -> None:
         first = max(0, block_row * BLOCK - job[Job.ROWS_LEFT])
         end = min(job[Job.ROWS], (block_row + 1) * BLOCK - job[Job.ROWS_LEFT])
         staged = _rows(job, first, end, work.kind.source).to(work.kind.staged)
-        target = job[Job.TARGET] + first * job[Job.COLUMNS]
-        work.scratch[target : target + staged.numel()] = staged.reshape(-1)
+        if work.kind.packed:
+            target = job[Job.TARGET] + first * job[Job.COLUMNS]
+            work.scratch[target : target + staged.numel()] = staged.reshape(-1)
         box = Box((job[Job.ROWS_LEFT] + first, job[Job.COLUMNS_LEFT]), tuple(staged.shape))
         found = shard_moments(staged, box, list(Grid))
         places = {Grid.TENSOR: (work.partials, strip)}

@@ -235,6 +235,13 @@ def test_what_cannot_be_quantized_is_refused(
         build("policy", [[tensor]], ALL_GRIDS, quantization=quantization)
 
 
+def test_what_is_quantized_lies_behind_what_is_held_as_it_is() -> None:
+    tensors = [declared(whole(SHAPE), name=name) for name in "abcd"]
+    catalog = build("policy", [tensors], ALL_GRIDS, quantization=quantizing(StageFormat.FP8_PER_BLOCK, ("a",), ("c",)))
+    assert [tensor.name for tensor in catalog.tensors] == ["b", "d", "a", "c"]
+    assert [tensor.offset for tensor in catalog.tensors] == sorted(tensor.offset for tensor in catalog.tensors)
+
+
 def test_the_grid_of_the_scales_has_to_be_kept() -> None:
     quantization = quantizing(StageFormat.FP8_PER_BLOCK, ("w",))
     with pytest.raises(CatalogMismatch, match="needs moments of grid 'block'"):

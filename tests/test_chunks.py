@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stagingd_client.chunks import Chunk, Piece, chunks, matrices
+from stagingd_client.chunks import GROUPS, Chunk, Piece, chunks, matrices
 from stagingd_client.copies import Copy, coalesced, split
 from stagingd_client.layout import Layout, rows_and_columns
 from stagingd_client.naming import NamedShard
@@ -154,6 +154,17 @@ def chunks_of(catalog: Catalog, rank: int, limit: int) -> list[Chunk]:
         layout = Layout(name, shape, owned.box, lengths, (*lengths[1:], 1), 0)
         made += matrices(number, Piece(owned, number, layout), catalog) or []
     return list(chunks(made, catalog, limit))
+
+
+def test_without_rows_and_blocks_a_version_lands_in_as_many_groups() -> None:
+    shapes = {f"t{number}": (128, 512) for number in range(64)}
+    declared = [
+        TensorDeclaration(name=name, dtype="bfloat16", shape=shape, boxes=(whole(shape),))
+        for name, shape in shapes.items()
+    ]
+    for grids in (ALL_GRIDS, (Grid.TENSOR,)):
+        cut = chunks_of(build("policy", [declared], grids), 0, 2**18)
+        assert sum(chunk.begins_group for chunk in cut) == GROUPS
 
 
 def copies_of(catalog: Catalog, limit: int) -> tuple[int, int]:

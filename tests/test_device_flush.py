@@ -237,6 +237,26 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return {f"w{i}": torch.randn(200, 130 + 64 * i, generator=generator) for i in range(3)}
 
 
+def test_moments_of_what_is_quantized_are_there_while_the_rest_still_crosses() -> None:
+    shards = {"held": torch.randn(2000, 300), "quantized": torch.randn(200, 300)}
+    quantization = Quantization(format=StageFormat.FP8_PER_CHANNEL, device="cpu", groups=(("quantized",),))
+    with staging(shards, quantization=quantization) as rank:
+        host = Flusher(rank.made, rank.owned)
+        host.flush(0, rank.puts())
+        host.quantize(0, rank.puts())
+        device = LazyDevice(random.Random(0))
+        flusher = rank.flusher(device)
+        flusher.flush(1, rank.puts(), [device.current().mark()])
+        flusher.measure(time.monotonic() + DEADLINE_S)
+        assert device.copying.ready or device.casting.ready, "all of it was waited for"
+        (owned,) = (box for box in rank.catalog.owned if rank.catalog.tensors[box.tensor].name == "quantized")
+        cells = slice(owned.first_cell, owned.first_cell + 200)
+        np.testing.assert_array_equal(rank.moments(1)[2][cells], rank.moments(0)[2][cells])
+        flusher.quantize(1, rank.puts())
+        finish(flusher)
+        rank.assert_slots_equal()
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("hurry", ["trainer", "copying", "casting"])
 def test_values_changed_right_after_the_fence_are_staged_as_they_were(seed: int, hurry: str) -> None:

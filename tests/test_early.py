@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from stagingd_vllm.layouts import homes
 from stagingd_vllm.receiver import Receiver
 from stagingd_vllm.scales import ScaleRule
 from stagingd_vllm.shadow import GIB, Shadow
-from test_device_flush import SMALL_SCRATCH, Staging, bits, finish, quantization_of, staging
+from test_device_flush import DEADLINE_S, SMALL_SCRATCH, Staging, bits, finish, quantization_of, staging
 from test_prequantized import FITTING, memory, told
 from test_stage import in_parallel
 
@@ -74,14 +75,16 @@ class Watched(Landings):
 def many_shards(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(300, 256), (256,), (130, 384), (3, 140, 128), (256, 300), (7,), (200, 256)]
-    made = {f"w{number}": torch.randn(shape, generator=generator) for number, shape in enumerate(shapes)}
-    return made | {"counts": torch.arange(30)}
+    return {f"w{number}": torch.randn(shape, generator=generator) for number, shape in enumerate(shapes)}
 
 
 @pytest.mark.parametrize("form", [None, *StageFormat])
 @pytest.mark.parametrize("seed", range(4))
-def test_what_a_device_tells_to_have_landed_is_there_with_its_moments(form: StageFormat | None, seed: int) -> None:
-    shards = many_shards(seed)
+@pytest.mark.parametrize("integers", [False, True], ids=["", "with integers"])
+def test_what_a_device_tells_to_have_landed_is_there_with_its_moments(
+    form: StageFormat | None, seed: int, integers: bool
+) -> None:
+    shards = many_shards(seed) | ({"counts": torch.arange(30)} if integers else {})
     quantization = quantization_of(shards, form, together=False) if form is not None else None
     with staging(shards, quantization=quantization) as rank:
         host = Flusher(rank.made, rank.owned)
@@ -91,10 +94,10 @@ def test_what_a_device_tells_to_have_landed_is_there_with_its_moments(form: Stag
         flusher = DeviceFlusher(rank.made, rank.owned, device, landings, SMALL_SCRATCH)
         landings.begin(1, 1)
         flusher.flush(1, rank.puts(), [device.current().mark()])
-        finish(flusher)
         if form is not None:
+            flusher.measure(time.monotonic() + DEADLINE_S)
             flusher.quantize(1, rank.puts())
-            finish(flusher)
+        finish(flusher)
         assert rank.made.progress(1)._lines[1, 1] == len(rank.catalog.owned_by(0))
         assert landings.times > 3, "it was told at the end"
 
@@ -133,32 +136,32 @@ class LandingLease(PrivateLease):
             raise LeaseLost("the version was aborted", remedy="lease again")
 
     def await_moments(self) -> None:
+        """Those of what trainers quantize: what is held as it is may land later."""
         self._wait()
-        if self.stage.catalog.format is not None:
-            self._write(set(range(len(self.boxes))), moments=True)
+        for owned, values in self.boxes:
+            if self._is_quantized(owned):
+                self._flusher.write(self.version % 2, owned, values)
 
     def await_boxes(self, needs: Needs) -> None:
         self._wait()
-        self._write(
-            {
-                number
-                for rank, count in enumerate(needs.boxes)
-                for number in [n for n, (owned, _) in enumerate(self.boxes) if owned.rank == rank][:count]
-            },
-            moments=self.stage.catalog.format is None,
-        )
-
-    def _write(self, numbers: set[int], *, moments: bool) -> None:
-        flusher = Flusher(self.stage.made, {})
+        numbers = {
+            number
+            for rank, count in enumerate(needs.boxes)
+            for number in [n for n, (owned, _) in enumerate(self.boxes) if owned.rank == rank][:count]
+        }
         some = [self.boxes[number] for number in sorted(numbers - self.landed)]
-        if moments:
-            for owned, values in some:
-                flusher.write(self.version % 2, owned, values)
-        else:
-            flusher.quantize_boxes(self.version % 2, some)
-            self.landed |= numbers
-        if self.stage.catalog.format is None:
-            self.landed |= numbers
+        for owned, values in some:
+            if not self._is_quantized(owned):
+                self._flusher.write(self.version % 2, owned, values)
+        self._flusher.quantize_boxes(self.version % 2, [one for one in some if self._is_quantized(one[0])])
+        self.landed |= numbers
+
+    @property
+    def _flusher(self) -> Flusher:
+        return Flusher(self.stage.made, {})
+
+    def _is_quantized(self, owned: OwnedBox) -> bool:
+        return self.stage.catalog.tensors[owned.tensor].quantized_from is not None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 import zmq
 from daemons import RunningDaemon
 from stagingd_client import LocalShard, Publication, Stage
+from stagingd_client import stage as stage_module
 from stagingd_vllm import Reader
 
 from stagingd import wire
@@ -148,6 +149,27 @@ def test_after_the_fence_the_trainer_may_change_its_tensors(daemon: RunningDaemo
         with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader:
             with reader.lease() as lease:
                 assert torch.equal(lease.read("matrix"), weights(1)["matrix"].bfloat16())
+
+
+@pytest.mark.parametrize(("batch_s", "flushed"), [(float("inf"), 0), (0.0, 2)])
+def test_shards_that_are_put_at_once_are_flushed_together_and_others_as_they_come(
+    daemon: RunningDaemon, stage_name: str, monkeypatch: pytest.MonkeyPatch, batch_s: float, flushed: int
+) -> None:
+    monkeypatch.setattr(stage_module, "BATCH_BYTES", 1)
+    monkeypatch.setattr(stage_module, "BATCH_S", batch_s)
+    tensors = {name: torch.randn(8, 8) for name in "ab"}
+    with open_stage(daemon, stage_name) as stage:
+        stage.declare(tensors)
+        stage.begin(1)
+        for name, tensor in tensors.items():
+            stage.put(name, tensor)
+        assert stage._current is not None
+        assert len(stage._current._flushed) == flushed
+        stage.commit().wait()
+        with Reader.attach(stage_name, engine="e", rank=0, ranks=1, socket=daemon.socket) as reader:
+            with reader.lease() as lease:
+                for name, tensor in tensors.items():
+                    assert torch.equal(lease.read(name), tensor.bfloat16())
 
 
 def test_publish_stages_parameters_and_buffers_of_a_module_in_one_line(daemon: RunningDaemon, stage_name: str) -> None:

@@ -209,6 +209,7 @@ class Chunk:
 
     Attributes:
         matrices: in the order of their places in the slot.
+        packed: whether they go through the scratch memory; else only their moments are taken.
         places: where in the scratch memory each begins, in bytes.
         copies: from the scratch memory to the slot.
         begins_group: whether it is the first of its group.
@@ -218,6 +219,7 @@ class Chunk:
     """
 
     matrices: tuple[Matrix, ...]
+    packed: bool
     places: tuple[int, ...]
     copies: tuple[Copy, ...]
     begins_group: bool
@@ -238,21 +240,60 @@ def chunks(made: Iterable[Matrix], catalog: Catalog, limit: int) -> Iterator[Chu
         catalog: for where the moments lie.
         limit: bytes of scratch memory; one strip of each matrix has to fit (``Matrix.strip_bytes``).
     """
+    made = list(made)
+    most_cells = min(limit // BYTES_PER_CELL, -(-sum(map(_cells, made)) // GROUPS))
+    most_bytes = -(-sum(map(_bytes, made)) // GROUPS)
     group: list[_Cut] = []
-    cells = 0
-    cuts = [(cut, sum(end - first for matrix in cut[0] for first, end in _spans(matrix))) for cut in _cut(made, limit)]
-    most = min(limit // BYTES_PER_CELL, -(-sum(more for _, more in cuts) // GROUPS))
-    for cut, more in cuts:
-        if group and cells + more > most:
+    cells = size = 0
+    for cut in _cut(made, limit, most_cells):
+        more_cells, more_bytes = sum(map(_cells, cut[0])), sum(map(_bytes, cut[0]))
+        full = cells + more_cells > most_cells or size + more_bytes > most_bytes
+        if group and (full or _is_packed(cut) != _is_packed(group[-1])):
             yield from _grouped(group, catalog)
-            group, cells = [], 0
+            group, cells, size = [], 0, 0
         group.append(cut)
-        cells += more
+        cells, size = cells + more_cells, size + more_bytes
     if group:
         yield from _grouped(group, catalog)
 
 
-def _cut(made: Iterable[Matrix], limit: int) -> Iterator[_Cut]:
+def _cells(matrix: Matrix) -> int:
+    return sum(end - first for first, end in _spans(matrix))
+
+
+def _bytes(matrix: Matrix) -> int:
+    """So many go to the slot."""
+    return matrix.rows * matrix.columns * matrix.item if matrix.copied else 0
+
+
+def _is_packed(cut: _Cut) -> bool:
+    return cut[0][0].copied
+
+
+def _cut(made: Iterable[Matrix], limit: int, most_cells: int) -> Iterator[_Cut]:
+    for copied, some in itertools.groupby(made, key=lambda matrix: matrix.copied):
+        if copied:
+            yield from _cut_by_bytes(some, limit)
+        else:
+            yield from _cut_by_cells(some, most_cells)
+
+
+def _cut_by_cells(made: Iterable[Matrix], most: int) -> Iterator[_Cut]:
+    """Of what is only measured nothing goes to the scratch memory, and a kernel may take as much as has moments."""
+    taken: list[Matrix] = []
+    cells = 0
+    for matrix in made:
+        more = _cells(matrix)
+        if taken and cells + more > most:
+            yield taken, [0] * len(taken)
+            taken, cells = [], 0
+        taken.append(matrix)
+        cells += more
+    if taken:
+        yield taken, [0] * len(taken)
+
+
+def _cut_by_bytes(made: Iterable[Matrix], limit: int) -> Iterator[_Cut]:
     taken: list[Matrix] = []
     places: list[int] = []
     end = 0
@@ -300,6 +341,7 @@ def _grouped(group: Sequence[_Cut], catalog: Catalog) -> Iterator[Chunk]:
     for number, (taken, places) in enumerate(group):
         yield Chunk(
             matrices=tuple(taken),
+            packed=_is_packed((taken, places)),
             places=tuple(places),
             copies=_copies(taken, places),
             begins_group=number == 0,
@@ -341,10 +383,10 @@ def quantized_chunks(made: Iterable[Matrix], limit: int) -> Iterator[Chunk]:
         made: the matrices, in the order of their places in the slot.
         limit: bytes of scratch memory.
     """
-    for taken, places in _cut(made, limit):
+    for taken, places in _cut_by_bytes(made, limit):
         scales = (next(cell for cell in _scale_cells(matrix) if cell is not None) for matrix in taken)
         cells = tuple((scale, scale) for scale in scales)
-        yield Chunk(tuple(taken), tuple(places), _copies(taken, places), True, 0, cells, ())
+        yield Chunk(tuple(taken), True, tuple(places), _copies(taken, places), True, 0, cells, ())
 
 
 def _scale_cells(matrix: Matrix) -> tuple[int | None, ...]:

@@ -46,11 +46,13 @@ class Group:
         chunks: numbers of the chunks.
         strips: numbers of their strips.
         pieces: numbers of the pieces.
+        measures: whether moments are all that is taken: the values are quantized later.
     """
 
     chunks: range
     strips: range
     pieces: range
+    measures: bool
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def make(puts: Sequence[Put], owned: Mapping[str, Sequence[OwnedBox]], catalog: 
     read: list[Matrix] = []
     taken: list[Piece] = []
     unread = []
-    for piece in chunks.pieces(puts, owned, catalog):
+    # What is quantized is measured first: its scales are worked out while the rest is copied.
+    for piece in sorted(chunks.pieces(puts, owned, catalog), key=lambda piece: _is_held(piece, catalog)):
         made = _readable(len(taken), piece, puts, catalog, limit)
         if made is None:
             unread.append(piece)
@@ -167,7 +170,7 @@ def make_quantizing(
     read: list[tuple[Piece, list[Matrix]]] = []
     unread = []
     for piece in chunks.pieces(puts, owned, catalog):
-        if catalog.tensors[piece.owned.tensor].quantized_from is None:
+        if _is_held(piece, catalog):
             continue
         made = _readable(len(read), piece, puts, catalog, limit)
         if made is None:
@@ -189,6 +192,11 @@ def make_quantizing(
     return tables.plan(cut, tuple(taken), np.zeros(0, np.int64), tuple(unread)), limits
 
 
+def _is_held(piece: Piece, catalog: Catalog) -> bool:
+    """Whether its tensor is held as it is."""
+    return catalog.tensors[piece.owned.tensor].quantized_from is None
+
+
 def _readable(number: int, piece: Piece, puts: Sequence[Put], catalog: Catalog, limit: int) -> list[Matrix] | None:
     staged: torch.dtype = getattr(torch, catalog.tensors[piece.owned.tensor].value_dtype)
     if puts[piece.source].shard.dtype not in SOURCES or staged not in SOURCES:
@@ -205,7 +213,8 @@ def _groups(cut: Sequence[tuple[Chunk, tuple[Launch, ...]]], pieces: int) -> tup
     for start, end in itertools.pairwise([*starts, len(cut)]):
         strips = sum(launch.count for _, launches in cut[start:end] for launch in launches)
         done = cut[end][0].matrices[0].piece if end < len(cut) else pieces
-        made.append(Group(range(start, end), range(strip, strip + strips), range(piece, done)))
+        measures = not cut[start][0].packed
+        made.append(Group(range(start, end), range(strip, strip + strips), range(piece, done), measures))
         strip, piece = strip + strips, done
     return tuple(made)
 
@@ -228,7 +237,8 @@ class _Kinds:
         address = self.address + matrix.offset * self.item
         aligned = dense and address % VECTOR_BYTES == 0 and not any(n % VECTOR_ELEMENTS for n in whole)
         edges = matrix.rows, matrix.columns, matrix.rows_left, matrix.columns_left
-        return Kind(self.source, self.staged, dense, aligned, aligned and not any(n % BLOCK for n in edges))
+        full = aligned and not any(n % BLOCK for n in edges)
+        return Kind(self.source, self.staged, dense, aligned, full, matrix.copied)
 
 
 class _Tables:

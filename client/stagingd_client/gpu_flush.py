@@ -14,6 +14,9 @@ Every arrow between two lines is a mark that the later queue waits for. The host
 nothing, but the thread that commits the version: it looks whether ``done`` is reached. It looks for the marks of
 groups of chunks on the way, too: what has landed is told in the slot, for readers that begin early.
 
+What trainers quantize is measured before anything else, so that its moments can be merged, and scales be made of them,
+while what is held as it is crosses. Its bytes follow behind that.
+
 A trainer that is killed takes its device context, and with it all copies, to its end before its pidfd tells the
 daemon; so nothing is written to a slot that has been given to somebody else.
 """
@@ -65,7 +68,7 @@ Numbers = npt.NDArray[np.int64]
 
 @dataclass
 class _Half:
-    """One half of the scratch memory; ``copied`` is when it may be overwritten."""
+    """One half of memory that is written while the other is copied; ``copied`` is when it may be overwritten."""
 
     memory: torch.Tensor
     copied: Mark | None = None
@@ -113,13 +116,17 @@ class _Landing:
     tell: Callable[[], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Scales:
-    """The scales of a plan by which shards are quantized: of what they are made, and where they are, there and here."""
+    """The scales of a plan by which shards are quantized: of what they are made, and where they are, there and here.
+
+    ``sent`` is when those here may be changed.
+    """
 
     limits: RankLimits
     there: torch.Tensor
     here: torch.Tensor
+    sent: Mark | None = None
 
     def fill(self, catalog: Catalog, stored: StoredMoments) -> None:
         """Make those of one version, here."""
@@ -157,18 +164,19 @@ class DeviceFlusher:
         mine = sum(self._catalog.tensors[box.tensor].bytes for boxes in owned.values() for box in boxes)
         self._limit = min(scratch_bytes, max(SMALLEST_SCRATCH_BYTES, mine // 8))
         self._halves: list[_Half] = []
-        self._cells: list[torch.Tensor] = []
+        self._cells: list[_Half] = []
         self._plans: OrderedDict[tuple[object, ...], tuple[Plan, _Tables]] = OrderedDict()
         self._quantizing: OrderedDict[tuple[object, ...], tuple[Plan, _Tables, _Scales]] = OrderedDict()
         self._unfinished: list[tuple[int, _Tables]] = []
         self._landing: deque[_Landing] = deque()
+        self._measured: Mark | None = None
         self._copied: Mark | None = None
 
     def prepare(self, puts: Sequence[Put]) -> None:
         """Plan the flush of shards, and have the device compile its kernels: a first version does not wait for that."""
         plan, tables = self._planned(puts)
         memory = self._halves[0].memory
-        cells = torch.empty_like(self._cells[0]).view(STRIP_FIELDS, -1)
+        cells = torch.empty_like(self._cells[0].memory).view(STRIP_FIELDS, -1)
         for launch in _one_of_each_kind(plan):
             self._device.casting.run(lambda launch=launch: self._cast(launch, tables, memory, cells))  # type: ignore[misc]
         if self._catalog.format is not None:
@@ -220,10 +228,11 @@ class DeviceFlusher:
         Raises:
             DeadlineExceeded: the device has not come to the end of what was queued before.
         """
-        self.wait_until_copied(time.monotonic() + CHANGE_S)  # the scales before may be on their way to the device
         plan, tables, scales = self._planned_quantizing(puts)
+        self._wait_until(scales.sent, time.monotonic() + CHANGE_S)
         scales.fill(self._catalog, self._stored[slot])
         self._device.casting.run(lambda: _start_copy(scales.there, scales.here))
+        scales.sent = self._device.casting.mark()
         for group, numbers in zip(plan.groups, tables.numbers, strict=True):
             for chunk, launches in plan.chunks[group.chunks.start : group.chunks.stop]:
                 self._quantize_chunk(slot, chunk, launches, tables, scales)
@@ -240,7 +249,7 @@ class DeviceFlusher:
     def _quantize_chunk(
         self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables, scales: _Scales
     ) -> None:
-        half = self._next_half()
+        half = self._next(self._halves)
         for launch in launches:
             self._device.casting.run(lambda launch=launch: self._quantize(launch, tables, scales, half.memory))  # type: ignore[misc]
         self._device.copying.after(self._device.casting.mark())
@@ -263,9 +272,9 @@ class DeviceFlusher:
             )
         )
 
-    def _next_half(self) -> _Half:
-        self._halves.reverse()
-        half = self._halves[0]
+    def _next(self, halves: list[_Half]) -> _Half:
+        halves.reverse()
+        half = halves[0]
         if half.copied is not None:
             self._device.casting.after(half.copied)
         return half
@@ -283,12 +292,15 @@ class DeviceFlusher:
                 plan.store_tensor_cells(group, tables.host_partials.numpy(), self._stored[slot])
             self._landings.land(numbers)
 
-        self._tell_when_landed(tell)
+        landed = self._tell_when_landed(tell)
+        if group.measures:
+            self._measured = landed
 
-    def _tell_when_landed(self, tell: Callable[[], None]) -> None:
-        """Once all copies that have been queued are done; and now, what was waited for before."""
-        self._landing.append(_Landing(self._device.copying.mark(), tell))
+    def _tell_when_landed(self, tell: Callable[[], None]) -> Mark:
+        """Once all copies that have been queued are done; gives when. And now, what was waited for before."""
+        self._landing.append(_Landing(mark := self._device.copying.mark(), tell))
         self._tell_what_landed()
+        return mark
 
     def _tell_what_landed(self) -> None:
         while self._landing and self._landing[0].mark.reached:
@@ -296,14 +308,10 @@ class DeviceFlusher:
 
     def _flush_chunk(self, slot: int, chunk: Chunk, launches: Sequence[Launch], tables: _Tables) -> None:
         casting, copying = self._device.casting, self._device.copying
-        half = self._next_half()
-        # Of moments nothing more has to be waited for: those of the group before the last were copied before what was
-        # in this half of the scratch memory.
-        if chunk.begins_group:
-            self._cells.reverse()
-        moments = self._cells[0]
-        stride = field_stride(chunk.cells) // moments.element_size()
-        cells = moments[: STRIP_FIELDS * stride].view(STRIP_FIELDS, stride)
+        half = self._next(self._halves) if chunk.packed else self._halves[0]
+        moments = self._next(self._cells) if chunk.begins_group else self._cells[0]
+        stride = field_stride(chunk.cells) // moments.memory.element_size()
+        cells = moments.memory[: STRIP_FIELDS * stride].view(STRIP_FIELDS, stride)
         for launch in launches:
             casting.run(lambda launch=launch: self._cast(launch, tables, half.memory, cells))  # type: ignore[misc]
         copying.after(casting.mark())
@@ -312,8 +320,10 @@ class DeviceFlusher:
             copying.copy(copy, address, half.memory.data_ptr())
         # In line: on a stream of their own these small copies held up the large ones, by 5 % of a version.
         for copy in chunk.cell_copies:
-            copying.copy(copy, address, moments.data_ptr())
-        half.copied = copying.mark()
+            copying.copy(copy, address, moments.memory.data_ptr())
+        moments.copied = copying.mark()
+        if chunk.packed:
+            half.copied = moments.copied
 
     def _cast(self, launch: Launch, tables: _Tables, memory: torch.Tensor, cells: torch.Tensor) -> None:
         self._device.cast(
@@ -416,11 +426,11 @@ class DeviceFlusher:
 
     def _provide_scratch(self, plan: Plan) -> None:
         need = STRIP_FIELDS * field_stride(plan.cells)
-        if self._cells and self._cells[0].nbytes >= need:
+        if self._cells and self._cells[0].memory.nbytes >= need:
             return
         self.wait_until_copied(time.monotonic() + CHANGE_S)  # what is given back may else be written anew too early
         self._halves = self._halves or [_Half(self._device.memory(self._limit)) for _ in range(2)]
-        self._cells = [self._device.memory(need).view(torch.float32) for _ in range(2)]
+        self._cells = [_Half(self._device.memory(need).view(torch.float32)) for _ in range(2)]
 
     # The end of a version
 
@@ -433,7 +443,10 @@ class DeviceFlusher:
         Raises:
             DeadlineExceeded: the device has not come so far.
         """
-        while self._copied is not None and not self._copied.reached:
+        self._wait_until(self._copied, deadline)
+
+    def _wait_until(self, mark: Mark | None, deadline: float) -> None:
+        while mark is not None and not mark.reached:
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(
                     "the copies from the device to the slot did not end in time",
@@ -442,6 +455,20 @@ class DeviceFlusher:
             self._tell_what_landed()
             time.sleep(LOOK_S)
         self._tell_what_landed()
+
+    def measure(self, deadline: float) -> None:
+        """Wait until the moments of what will be quantized are in the slot; what is held as it is may still cross.
+
+        Args:
+            deadline: time.monotonic() seconds.
+
+        Raises:
+            DeadlineExceeded: the device has not come so far.
+        """
+        if any(tables.aside or tables.one_by_one for _, tables in self._unfinished):
+            self.finish(deadline)  # moments of these are taken last
+        else:
+            self._wait_until(self._measured, deadline)
 
     def finish(self, deadline: float) -> None:
         """Wait until everything is copied, and stage what was set aside. Raises DeadlineExceeded."""

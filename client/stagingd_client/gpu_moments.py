@@ -31,7 +31,7 @@ POINTED: Final = {
 
 
 def cast_strips(work: Work) -> None:
-    """Cast, pack and take moments, on the current stream."""
+    """Cast, pack if the kind says so, and take moments, on the current stream."""
     kind = work.kind
     strips_kernel[(work.count,)](
         work.jobs,
@@ -46,6 +46,7 @@ def cast_strips(work: Work) -> None:
         DENSE=kind.dense,
         ALIGNED=kind.aligned,
         FULL=kind.full,
+        PACKED=kind.packed,
         WITH_ROWS=work.with_rows,
         WITH_BLOCKS=work.with_blocks,
         EDGE=BLOCK,

@@ -26,14 +26,23 @@ class Batch:
         puts: the shards.
         queues: where the trainer's computations went when they were put.
         bytes: of the shards, in all.
+        begun: when the first shard came, by ``time.monotonic``.
     """
 
     puts: list[Put] = field(default_factory=list)
     queues: set[Queue] = field(default_factory=set)
     bytes: int = 0
+    begun: float = 0.0
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the first shard came."""
+        return time.monotonic() - self.begun
 
     def add(self, put: Put) -> None:
         """Add a shard."""
+        if not self.puts:
+            self.begun = time.monotonic()
         self.puts.append(put)
         self.bytes += put.shard.nbytes
 

@@ -72,16 +72,19 @@ def _load(
 
 
 @triton.jit
-def _stage(values, target, row, row_inside, first, columns, FULL: tl.constexpr, BY_HAND: tl.constexpr):
-    """Cast and store; returns the values as staged: what the cast lost must not count."""
+def _stage(
+    values, target, row, row_inside, first, columns, FULL: tl.constexpr, PACKED: tl.constexpr, BY_HAND: tl.constexpr
+):
+    """Cast, and store if it is to be packed; returns the values as staged: what the cast lost must not count."""
     WIDTH: tl.constexpr = values.shape[1]
     column = first + tl.arange(0, WIDTH)
     staged = _rounded(values, target.dtype.element_ty, BY_HAND)
     at = (row * columns)[:, None] + column[None, :]
-    if FULL:
-        tl.store(target + at, staged)
-    else:
-        tl.store(target + at, staged, mask=_inside(row_inside, first, columns, WIDTH))
+    if PACKED:
+        if FULL:
+            tl.store(target + at, staged)
+        else:
+            tl.store(target + at, staged, mask=_inside(row_inside, first, columns, WIDTH))
     return _widened(staged, BY_HAND)
 
 
@@ -129,6 +132,7 @@ def strips_kernel(
     DENSE: tl.constexpr,
     ALIGNED: tl.constexpr,
     FULL: tl.constexpr,
+    PACKED: tl.constexpr,
     WITH_ROWS: tl.constexpr,
     WITH_BLOCKS: tl.constexpr,
     EDGE: tl.constexpr,
@@ -189,10 +193,10 @@ def strips_kernel(
     next_3 = _load(source, row_start, row_inside, first + 3 * QUARTER, columns, column_stride, DENSE, FULL, QUARTER)
     for block in range(blocks):
         first = block * EDGE - columns_left
-        x_0 = _stage(next_0, target, row, row_inside, first, columns, FULL, BY_HAND)
-        x_1 = _stage(next_1, target, row, row_inside, first + QUARTER, columns, FULL, BY_HAND)
-        x_2 = _stage(next_2, target, row, row_inside, first + 2 * QUARTER, columns, FULL, BY_HAND)
-        x_3 = _stage(next_3, target, row, row_inside, first + 3 * QUARTER, columns, FULL, BY_HAND)
+        x_0 = _stage(next_0, target, row, row_inside, first, columns, FULL, PACKED, BY_HAND)
+        x_1 = _stage(next_1, target, row, row_inside, first + QUARTER, columns, FULL, PACKED, BY_HAND)
+        x_2 = _stage(next_2, target, row, row_inside, first + 2 * QUARTER, columns, FULL, PACKED, BY_HAND)
+        x_3 = _stage(next_3, target, row, row_inside, first + 3 * QUARTER, columns, FULL, PACKED, BY_HAND)
         # The block after this one is on its way while this one is reduced.
         after = first + EDGE
         next_0 = _load(source, row_start, row_inside, after, columns, column_stride, DENSE, FULL, QUARTER)

@@ -66,7 +66,7 @@ class Work:
         jobs: the job table, (jobs, JOB_COLUMNS) int64.
         strips: (strips, 2) int32: a job, and which of its strips.
         first_strip, count: which strips; all of one kind.
-        scratch: where the packed values go; its dtype is the staged one.
+        scratch: where the packed values go, if the kind says so; its dtype is the staged one.
         cells: (STRIP_FIELDS, cells) float32: the moments of rows and blocks; the last field holds int32.
         partials: (STRIP_FIELDS, strips) float32: the moments of each strip, of which the tensor's are pooled.
         kind: what the strips have in common.
@@ -117,6 +117,7 @@ class Kind:
         dense: every source's column stride is 1.
         aligned: every source's address is a multiple of 16 bytes, and all sizes and other strides of 8 elements.
         full: every matrix is made of whole blocks.
+        packed: the values go to the scratch memory; else their moments are taken, and nothing more.
     """
 
     source: torch.dtype
@@ -124,8 +125,9 @@ class Kind:
     dense: bool
     aligned: bool
     full: bool
+    packed: bool
 
     @property
-    def order(self) -> tuple[str, str, bool, bool, bool]:
+    def order(self) -> tuple[str, str, bool, bool, bool, bool]:
         """To sort by."""
-        return str(self.source), str(self.staged), self.dense, self.aligned, self.full
+        return str(self.source), str(self.staged), self.dense, self.aligned, self.full, self.packed

@@ -26,7 +26,7 @@ class LeasedVersion(Protocol):
         """Whether it was still being filled when it was leased."""
 
     def await_moments(self) -> None:
-        """Wait until all its moments are there, where trainers quantize."""
+        """Wait until all moments of what trainers quantize are there; of a stage whose trainers do."""
 
     def await_boxes(self, needs: Needs) -> None:
         """Wait until some boxes, and their moments, are there."""

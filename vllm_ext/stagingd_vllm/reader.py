@@ -236,7 +236,7 @@ class Lease:
         return self._filling is not None
 
     def await_moments(self) -> None:
-        """Wait until all moments are there, of a version that trainers quantize: then its scales are final.
+        """Wait until all moments of what trainers quantize are there: then its scales are final.
 
         Raises:
             LeaseLost: the version was aborted, or the lease's time is up.

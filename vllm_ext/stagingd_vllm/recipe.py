@@ -26,6 +26,9 @@ PARTS = 8
 PARTS_BESIDE = 16
 """As many as flushes have groups, about: what has landed is read while the next part lands."""
 
+PARTS_QUANTIZED = 48
+"""Where trainers quantize: the bytes land chunk by chunk then, and a part's scales are set before."""
+
 _CELL = {Granularity.TENSOR: (0, 0), Granularity.CHANNEL: (1, 0), Granularity.BLOCK: (128, 128)}
 
 
@@ -84,14 +87,14 @@ def in_parts(plan: ReadPlan, homes: Mapping[str, Home], parts: int = PARTS) -> I
     yield from _cut(plan, _by_parameter(quantized), parts)
 
 
-def in_slot_order(plan: ReadPlan, catalog: Catalog, parts: int = PARTS_BESIDE) -> Iterator[ReadPlan]:
+def in_slot_order(plan: ReadPlan, catalog: Catalog) -> Iterator[ReadPlan]:
     """A plan's reads, cut into plans of whole parameters of about equal bytes, in the order in which they are flushed.
 
     Args:
         plan: what is read in boxes.
         catalog: the stage's.
-        parts: how many there shall be, at most.
     """
+    parts = PARTS_BESIDE if catalog.format is None else PARTS_QUANTIZED
 
     def last(entries: list[PlanEntry]) -> int:
         return max(catalog.position(entry.tensor) for entry in entries)

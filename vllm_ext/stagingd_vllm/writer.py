@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,9 +26,13 @@ from stagingd_vllm.scales import ScaleRule
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the parameters: what has to be there of a version, their scales, and who writes their weights."""
+    """Some of the parameters: what has to be there of a version, their scales, and who writes their weights.
+
+    ``measured`` is whether the scales are made of what trainers quantize, whose moments are there before its bytes.
+    """
 
     needs: Needs
+    measured: bool
     scales: LiveScales
     weights: Carrier
 
@@ -67,13 +72,15 @@ class Writer:
         self._parts = []
         for part in in_slot_order(plan, catalog) if beside else in_parts(plan, homes):
             needs = Needs.of(catalog, {entry.tensor for entry in part.entries})
+            scaled = [entry.tensor for entry in part.entries if homes[entry.region.parameter].scheme is not None]
+            measured = all(catalog.tensor(name).quantized_from is not None for name in scaled)
             recipe = make_recipe(part, homes, catalog, rule)
             scales = LiveScales(recipe, device, beside=beside)
             if through is None:
                 weights: Carrier = carrier(recipe.moves, device, beside=beside)
             else:
                 weights = through.carrier(recipe.moves, beside=beside)
-            self._parts.append(Part(needs, scales, weights))
+            self._parts.append(Part(needs, measured, scales, weights))
 
     def write(self, lease: LeasedVersion) -> None:
         """Write a version; on a GPU this is work of the current stream, and has to be done before the next.
@@ -81,19 +88,10 @@ class Writer:
         Raises:
             LeaseLost: it was leased early, and aborted.
         """
-        slot, stored = lease.slot, lease.stored
-        if not self._beside:
-            self._write_in_place(slot, stored)
-        elif lease.early and not self._trainers_quantize:
-            self._write_as_it_lands(lease)
+        if self._beside:
+            self._write_beside(lease)
         else:
-            # A copy that waits for a kernel holds up all later copies to the device, the engine's too: so these first.
-            lease.await_moments()
-            for part in self._parts:
-                part.scales.set(slot, stored)
-            for part in self._parts:
-                lease.await_boxes(part.needs)
-                part.weights.carry(slot)
+            self._write_in_place(lease.slot, lease.stored)
 
     def _write_in_place(self, slot: torch.Tensor, stored: StoredMoments) -> None:
         if self._through is not None:
@@ -104,11 +102,21 @@ class Writer:
                 part.scales.set(slot, stored)
             part.weights.carry(slot)
 
-    def _write_as_it_lands(self, lease: LeasedVersion) -> None:
-        """Moments come with the boxes, so scales go between the copies: once no kernel is waited for."""
-        for part in self._parts:
-            lease.await_boxes(part.needs)
-            if self._device.type == "cuda":
-                torch.cuda.current_stream(self._device).synchronize()
+    def _write_beside(self, lease: LeasedVersion) -> None:
+        """A copy that waits for a kernel holds up all later copies to the device, the engine's too: so scales go first.
+
+        Of a version that lands meanwhile, other moments than of what trainers quantize come with the boxes. The scales
+        that are made of them go between the copies, once no kernel is waited for.
+        """
+        if self._trainers_quantize:
+            lease.await_moments()
+        final = [part.measured or not lease.early for part in self._parts]
+        for part in itertools.compress(self._parts, final):
             part.scales.set(lease.slot, lease.stored)
+        for part, is_set in zip(self._parts, final, strict=True):
+            lease.await_boxes(part.needs)
+            if not is_set:
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()
+                part.scales.set(lease.slot, lease.stored)
             part.weights.carry(lease.slot)
