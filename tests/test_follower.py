@@ -54,6 +54,18 @@ def test_an_engine_is_not_asked_while_the_daemon_says_that_it_reads(monkeypatch:
     assert len(looks) == 4
 
 
+@pytest.mark.parametrize(("version", "engine", "read"), [(7, "engine", None), (8, "engine", 8), (8, "another", None)])
+def test_a_version_has_been_prefetched_when_this_engine_gives_back_another_than_the_live_one(
+    version: int, engine: str, read: int | None
+) -> None:
+    following = Follower(Engine(), "policy", prefetch_gib=1.0)
+    following._engine, following.version = "engine", 7
+    event = wire.Event(event="released", stage="policy", version=version, detail=f"engine {engine!r}")
+    following._hear(event)
+    assert following._read == read
+    assert following._released.is_set() == (read is not None)
+
+
 def test_reading_early_needs_memory_for_it() -> None:
     with pytest.raises(OutOfOrder, match="Give prefetch_gib as well"):
         Follower(Engine(), "policy", early=True)

@@ -351,16 +351,19 @@ class Follower:
     async def _listen(self) -> None:
         while True:
             event = wire.decode_event((await self._events.recv_multipart())[1])
-            if event.stage != self._stage:  # one whose name begins like this one's
-                continue
-            if event.event == "sealed" or (self._early and event.event == "begun"):
-                self._news.set()
-            elif event.event == "lease_lost":
-                self._read = None
-                self._released.set()
-            elif event.event == "released" and event.detail == f"engine {self._engine!r}":
-                self._read = event.version
-                self._released.set()
+            if event.stage == self._stage:  # and not one whose name begins like this one's
+                self._hear(event)
+
+    def _hear(self, event: wire.Event) -> None:
+        if event.event == "sealed" or (self._early and event.event == "begun"):
+            self._news.set()
+        elif event.event == "lease_lost":
+            self._read = None
+            self._released.set()
+        # The version that is live is looked at, as to examine it, and never prefetched.
+        elif event.event == "released" and event.detail == f"engine {self._engine!r}" and event.version != self.version:
+            self._read = event.version
+            self._released.set()
 
     @asynccontextmanager
     async def _cache_handled(self) -> AsyncIterator[None]:
