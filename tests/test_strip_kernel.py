@@ -19,6 +19,7 @@ from stagingd_client.strips import STRIP_FIELDS, Work
 
 from stagingd.boxes import Box
 from stagingd.catalog import TensorDeclaration, build
+from stagingd.formats import Quantization, StageFormat
 from stagingd.moments import ALL_GRIDS, field_stride
 
 ON_GPU = torch.cuda.is_available()
@@ -37,8 +38,8 @@ def shard(values: torch.Tensor, shape: Sequence[int], offset: Sequence[int]) -> 
     return LocalShard(values, tuple(shape), tuple(offset))
 
 
-def plan_of(part: LocalShard, on: str) -> tuple[Plan, torch.Tensor]:
-    """The plan of one shard, staged as bfloat16, and the shard on a device with its own strides."""
+def plan_of(part: LocalShard, on: str, quantization: Quantization | None = None) -> tuple[Plan, torch.Tensor]:
+    """The plan of one shard, staged as bfloat16 or quantized, and the shard on a device with its own strides."""
     given = torch.empty_strided(part.tensor.shape, part.tensor.stride(), dtype=part.tensor.dtype, device=on)
     given.copy_(part.tensor)
     moved = LocalShard(given, part.global_shape, part.offset)
@@ -47,7 +48,8 @@ def plan_of(part: LocalShard, on: str) -> tuple[Plan, torch.Tensor]:
     shape = mine[0].shape
     others = [Box((0,) * len(shape), shape)] if not mine[0].boxes else rest_of(shape, mine[0].boxes[0])
     declared = [mine, [TensorDeclaration(name="w", dtype="bfloat16", shape=shape, boxes=tuple(others))]]
-    catalog = build(f"stage-{uuid.uuid4().hex[:6]}", declared if others else declared[:1], ALL_GRIDS)
+    some = declared if others else declared[:1]
+    catalog = build(f"stage-{uuid.uuid4().hex[:6]}", some, ALL_GRIDS, quantization=quantization)
     put = holdings.place(catalog, "w", moved)
     assert put is not None
     return flush_plan.make([put], {"w": catalog.owned_by(0)}, catalog, SCRATCH), given
@@ -109,10 +111,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_kernel_does_what_its_reference_does(case: str) -> None:
-    on_host, here = plan_of(CASES[case], "cpu")
-    on_device, there = plan_of(CASES[case], DEVICE)
+QUANTIZED = Quantization(format=StageFormat.FP8_PER_CHANNEL, device="cpu", groups=(("w",),))
+MEASURED = [case for case in CASES if CASES[case].tensor.dim() > 1]
+"""What trainers may quantize: its moments are taken, and nothing is packed."""
+
+
+@pytest.mark.parametrize(
+    ("case", "quantization"), [*((case, None) for case in CASES), *((case, QUANTIZED) for case in MEASURED)]
+)
+def test_the_kernel_does_what_its_reference_does(case: str, quantization: Quantization | None) -> None:
+    on_host, here = plan_of(CASES[case], "cpu", quantization)
+    on_device, there = plan_of(CASES[case], DEVICE, quantization)
     wanted = run(cast_in_torch, on_host, here, "cpu")
     for (scratch, cells, partials), (scratch_1, cells_1, partials_1) in zip(
         run(cast_strips, on_device, there, DEVICE), wanted, strict=True
