@@ -52,6 +52,10 @@ class Put:
     shard: torch.Tensor
 
 
+_Where = tuple[tuple[int, ...] | None, tuple[int, ...] | None] | None
+"""Of a part, its tensor's shape and its offset as they were given; None of a tensor that tells both itself."""
+
+
 class Holdings:
     """All shards of one rank.
 
@@ -70,7 +74,7 @@ class Holdings:
         self._names = names
         self._dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[tuple[str, Box], Holding] = {}
-        self._recent: dict[str, tuple[weakref.ref[torch.Tensor], Holding]] = {}
+        self._recent: dict[str, tuple[weakref.ref[torch.Tensor], _Where, Holding]] = {}
         for name, shards in tensors.items():
             if not names.skips(name):
                 self._declare(name, shards)
@@ -126,11 +130,12 @@ class Holdings:
         Raises:
             UnknownTensor, WrongDtype, WrongShape, BoxOutside: it is not what was declared.
         """
+        tensor, where = _given(shard)
         recent = self._recent.get(name)
-        if recent is not None and recent[0]() is shard:
+        if recent is not None and recent[0]() is tensor and recent[1] == where:
             # The same tensor object as last time: a DTensor's placements never change, its memory may.
-            local = _local(shard)
-            holding = recent[1]
+            local = _local(tensor)
+            holding = recent[2]
             seen = local.dtype, local.stride(), tuple(local.shape)
             if seen == (holding.dtype, holding.strides, holding.box.lengths):
                 return Put(holding, local)
@@ -148,8 +153,8 @@ class Holdings:
             raise self._not_declared(name, part)
         if part.values.stride() != holding.strides:
             holding = self._shards[name, part.box] = self._holding(holding.number, name, part)
-        if isinstance(shard, torch.Tensor):
-            self._recent[name] = weakref.ref(shard), holding
+        tensor, where = _given(shard)
+        self._recent[name] = weakref.ref(tensor), where, holding
         return Put(holding, part.values)
 
     def _check_declared(self, catalog: Catalog, name: str, dtype: torch.dtype) -> None:
@@ -208,8 +213,12 @@ def _plain(shard: torch.Tensor | LocalShard) -> torch.Tensor:
     return shard.tensor if isinstance(shard, LocalShard) else shard
 
 
-def _local(shard: torch.Tensor | LocalShard) -> torch.Tensor:
+def _given(shard: torch.Tensor | LocalShard) -> tuple[torch.Tensor, _Where]:
+    if isinstance(shard, LocalShard):
+        return shard.tensor, (shard.global_shape, shard.offset)
+    return shard, None
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The elements that this rank has, without what autograd would add to ``to_local``."""
-    if isinstance(shard, DTensor):
-        return shard._local_tensor
-    return _plain(shard).detach()
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()

@@ -31,7 +31,12 @@ def follow(
     prefetch_gib: Annotated[float, typer.Option(min=0, help="Memory for prefetching on each worker's device.")] = 0.0,
     cache: Annotated[Cache, typer.Option(help="What becomes of keys and values of the weights before.")] = Cache.RESET,
     most_behind: Annotated[int | None, typer.Option(min=0, help="Stop generation when further behind.")] = None,
-    early: Annotated[bool, typer.Option("--early", help="Prefetch versions while trainers still flush them.")] = False,
+    early: Annotated[
+        bool | None,
+        typer.Option(
+            "--early/--once-sealed", help="Prefetch versions while trainers still flush them. [default: early]"
+        ),
+    ] = None,
 ) -> None:
     """Keep a vLLM server at the newest version, until SIGINT or SIGTERM; a line tells of every version."""
 

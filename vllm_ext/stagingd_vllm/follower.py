@@ -8,8 +8,8 @@
 
 Workers read a version beside the engine (``stagingd_prefetch``). The daemon's events say when there is one, and when it
 has been read, so that the engine is asked for nothing meanwhile. Then all workers swap it in between two steps, and
-wait for the next by themselves: one call to the engine for each version. With ``early`` they begin when trainers begin
-to flush it, and read it as it lands.
+wait for the next by themselves: one call to the engine for each version. They begin when trainers begin to flush it,
+and read it as it lands, unless ``early`` is False.
 
 Outputs tell in ``weight_versions`` which version made which of their tokens, if vLLM has that (0.32 has, 0.26 has not).
 With ``Cache.KEEP`` and asynchronous scheduling, tokens of the step during which it swaps may bear the later version.
@@ -31,7 +31,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from stagingd import wire
+from stagingd import progress, wire
 from stagingd.connection import Connection
 from stagingd.errors import DeadlineExceeded, OutOfOrder, StagingError, UnknownStage
 from stagingd.slots import SlotState
@@ -75,7 +75,8 @@ class Follower:
         prefetch_gib: memory that prefetching may take on each worker's device; without it, versions are read in place.
         cache: what becomes of the keys and values that the weights before made.
         most_behind: generation stops while the engine is more versions than this behind the newest; never by default.
-        early: versions are prefetched while trainers still flush them; it asks for ``prefetch_gib``.
+        early: versions are prefetched while trainers still flush them; it asks for ``prefetch_gib``. By default where
+            that is possible: on x86-64 processors, and with ``prefetch_gib``.
 
     Raises:
         OutOfOrder: versions are to be read early, and nothing may be prefetched.
@@ -92,12 +93,12 @@ class Follower:
         prefetch_gib: float = 0.0,
         cache: Cache = Cache.RESET,
         most_behind: int | None = None,
-        early: bool = False,
+        early: bool | None = None,
     ) -> None:
         if early and prefetch_gib <= 0:
             raise OutOfOrder("versions are read early into memory of their own", remedy="give prefetch_gib as well")
         self._llm = llm
-        self._early = early
+        self._early = prefetch_gib > 0 and progress.supported() if early is None else early
         self._stage = stage
         self._socket = socket
         self._attaching = {"stage": stage, "engine": engine, "scale_rule": scale_rule}
