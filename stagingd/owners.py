@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who writes what: of the ranks that hold the same box, each gets some of its rows.
 
-So every rank's link to the host carries its part, and every element crosses once. All is integer arithmetic on
-what was declared: whoever computes it comes to the same owners.
+So every rank's link to the host carries its part, and every element crosses once. Large boxes are cut into several of
+the same rank besides: what has landed is told box by box. All is integer arithmetic on what was declared: whoever
+computes it comes to the same owners.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
@@ -18,6 +20,10 @@ from stagingd.moments import BLOCK
 
 PIECE_BYTES: Final = 2**20
 """A box is not cut into smaller pieces: a copy of 1 MiB still runs at nine tenths of a link's speed."""
+
+
+LANDING_BYTES: Final = 2**27
+"""A larger box is cut: engines that read as it lands wait for the first part, which takes 2.5 ms, and not for all."""
 
 
 class HeldBox(NamedTuple):
@@ -60,8 +66,9 @@ def choose_owners(held: Iterable[HeldBox]) -> list[Part]:
         Disjoint boxes that together are those of ``held``.
     """
     load: dict[int, int] = defaultdict(int)
-    parts, replicated = [], []
+    parts, replicated, item_bytes = [], [], dict[str, int]()
     for entry in held:
+        item_bytes[entry.tensor] = entry.item_bytes
         if len(entry.ranks) > 1:
             replicated.append(entry)
             continue
@@ -71,7 +78,21 @@ def choose_owners(held: Iterable[HeldBox]) -> list[Part]:
         for part in _parts(entry, load):
             load[part.rank] += part.box.volume * entry.item_bytes
             parts.append(part)
-    return parts
+    return [small for part in parts for small in _small(part, item_bytes[part.tensor])]
+
+
+def _small(part: Part, item_bytes: int) -> Iterator[Part]:
+    """A part, cut where it is large."""
+    wanted = -(-part.box.volume * item_bytes // LANDING_BYTES)
+    cut = _cut_of(part.box, wanted) if wanted > 1 else None
+    if cut is None or cut.parts < 2:
+        yield part
+        return
+    start, end = part.box.offsets[cut.dim], part.box.ends[cut.dim]
+    length = -(-(end - start) // cut.parts // cut.step) * cut.step
+    edges = [start, *range((start + length) // cut.step * cut.step, end, length), end]
+    for first, until in itertools.pairwise(edges):
+        yield Part(part.tensor, _rows(part.box, cut.dim, first, until), part.rank)
 
 
 def _parts(entry: HeldBox, load: dict[int, int]) -> list[Part]:

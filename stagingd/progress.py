@@ -25,7 +25,8 @@ from typing import Final
 
 import numpy as np
 
-from stagingd.catalog import PROGRESS_LINE, Catalog
+from stagingd.boxes import Box, intersect, whole
+from stagingd.catalog import PROGRESS_LINE, Catalog, OwnedBox
 
 _WORDS: Final = PROGRESS_LINE // 8
 _FILLING, _MEASURED, _SEALED = range(3)
@@ -46,11 +47,20 @@ class Needs:
     @classmethod
     def of(cls, catalog: Catalog, tensors: Iterable[str]) -> Needs:
         """All of some tensors, by name or alias. Raises UnknownTensor."""
-        positions = {catalog.position(name) for name in tensors}
+        return cls.of_boxes(catalog, ((name, whole(catalog.tensor(name).shape)) for name in tensors))
+
+    @classmethod
+    def of_boxes(cls, catalog: Catalog, boxes: Iterable[tuple[str, Box]]) -> Needs:
+        """Boxes of some tensors, by name or alias. Raises UnknownTensor."""
+        wanted: dict[int, list[Box]] = {}
+        for name, box in boxes:
+            wanted.setdefault(catalog.position(name), []).append(box)
+
+        def counts(owned: OwnedBox) -> bool:
+            return any(intersect(owned.box, box) is not None for box in wanted.get(owned.tensor, ()))
+
         ranks = (catalog.owned_by(rank) for rank in range(catalog.ranks))
-        return cls(
-            tuple(max((n for n, box in enumerate(owned, 1) if box.tensor in positions), default=0) for owned in ranks)
-        )
+        return cls(tuple(max((n for n, box in enumerate(owned, 1) if counts(box)), default=0) for owned in ranks))
 
 
 class Progress:

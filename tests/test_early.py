@@ -21,7 +21,7 @@ from stagingd_client import LocalShard, Stage
 from stagingd_client.flush import Flusher
 from stagingd_client.gpu_flush import DeviceFlusher
 from stagingd_client.landings import Landings, Numbers
-from stagingd_vllm import Reader
+from stagingd_vllm import Reader, recipe
 from stagingd_vllm.layouts import homes
 from stagingd_vllm.receiver import Receiver
 from stagingd_vllm.scales import ScaleRule
@@ -30,6 +30,7 @@ from test_device_flush import DEADLINE_S, SMALL_SCRATCH, Staging, bits, finish, 
 from test_prequantized import FITTING, memory, told
 from test_stage import in_parallel
 
+from stagingd import owners
 from stagingd.boxes import whole
 from stagingd.catalog import OwnedBox
 from stagingd.errors import DeadlineExceeded, LeaseLost
@@ -182,7 +183,14 @@ CASES = [(scheme, ranks, False) for scheme, ranks in itertools.product(SCHEMES, 
 
 
 @pytest.mark.parametrize(("scheme", "ranks", "trainers_quantize"), CASES)
-def test_a_shadow_reads_nothing_before_it_has_waited_for_it(scheme: str, ranks: int, trainers_quantize: bool) -> None:
+@pytest.mark.parametrize("finely", [False, True], ids=["", "finely"])
+def test_a_shadow_reads_nothing_before_it_has_waited_for_it(
+    scheme: str, ranks: int, trainers_quantize: bool, finely: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``finely``: boxes are cut as large ones are, and reads of what has no scale with them."""
+    if finely:
+        monkeypatch.setattr(owners, "LANDING_BYTES", 2**12)
+        monkeypatch.setattr(recipe, "WHOLE_BYTES", 0)
     rank = ranks - 1
     with (
         a_stage(scheme, ranks, trainers_quantize=trainers_quantize) as stage,

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stagingd import owners
 from stagingd.boxes import Box, Shape, intersect, overlapping, uncovered, whole
 from stagingd.catalog import TensorDeclaration, build
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.moments import ALL_GRIDS, BLOCK
-from stagingd.owners import PIECE_BYTES, HeldBox, Part, choose_owners
+from stagingd.owners import LANDING_BYTES, PIECE_BYTES, HeldBox, Part, choose_owners
 
 
 def held(box: Box, ranks: int, name: str = "w") -> HeldBox:
@@ -93,6 +94,31 @@ def test_stacked_experts_are_cut_between_experts() -> None:
 def test_few_experts_are_cut_between_blocks_of_their_rows() -> None:
     parts = choose_owners([held(whole((2, 1024, 1024)), 4)])
     assert {part.box.lengths for part in parts} == {(2, 256, 1024)}
+
+
+def test_a_large_box_of_one_rank_is_cut_between_blocks_so_that_parts_of_it_land() -> None:
+    box = Box((1000, 0), (100_000, 4096))
+    parts = choose_owners([held(box, 1)])
+    assert len(parts) == -(-box.volume * 2 // LANDING_BYTES)
+    assert {part.rank for part in parts} == {0}
+    assert all(part.box.offsets[0] % BLOCK == 0 for part in parts[1:])
+    assert uncovered((101_000, 4096), [part.box for part in parts] + [Box((0, 0), (1000, 4096))]) is None
+    assert overlapping([part.box for part in parts]) is None
+    assert max(part.box.volume * 2 for part in parts) < 1.05 * LANDING_BYTES
+
+
+@given(
+    st.lists(st.integers(1, 600), min_size=1, max_size=3), st.integers(0, 300), st.integers(1, 3), st.integers(1, 2**17)
+)
+def test_whatever_is_cut_for_landing_is_all_of_it_once(shape: list[int], first: int, ranks: int, limit: int) -> None:
+    box = Box((first, *(0 for _ in shape[1:])), tuple(shape))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owners, "LANDING_BYTES", limit)
+        parts = choose_owners([held(box, ranks)])
+    before = [Box((0,) * len(shape), (first, *shape[1:]))] if first else []
+    assert uncovered(box.ends, [*before, *(part.box for part in parts)]) is None
+    assert overlapping([part.box for part in parts]) is None
+    assert all(part.box.volume for part in parts)
 
 
 def test_rows_of_a_single_block_are_cut_anywhere() -> None:

@@ -85,6 +85,17 @@ class PlanEntry:
         """Bytes read from the stage."""
         return self.source.volume * ITEM_BYTES[self.held or self.dtype]
 
+    def rows(self, first: int, count: int) -> PlanEntry:
+        """The read of some indices of the first dim, which there has to be."""
+        region, (start, *others) = self.region, self.source.offsets
+        return dataclasses.replace(
+            self,
+            source=Box((start + first, *others), (count, *self.source.lengths[1:])),
+            region=dataclasses.replace(
+                region, offset=region.offset + first * region.stride[0], shape=(count, *region.shape[1:])
+            ),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:

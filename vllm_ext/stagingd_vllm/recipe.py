@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,9 @@ PARTS_BESIDE = 16
 
 PARTS_QUANTIZED = 48
 """Where trainers quantize: the bytes land chunk by chunk then, and a part's scales are set before."""
+
+WHOLE_BYTES = 2**25
+"""Smaller reads are not cut: there would be many where a model has many trainer ranks."""
 
 _CELL = {Granularity.TENSOR: (0, 0), Granularity.CHANNEL: (1, 0), Granularity.BLOCK: (128, 128)}
 
@@ -87,19 +91,37 @@ def in_parts(plan: ReadPlan, homes: Mapping[str, Home], parts: int = PARTS) -> I
     yield from _cut(plan, _by_parameter(quantized), parts)
 
 
-def in_slot_order(plan: ReadPlan, catalog: Catalog) -> Iterator[ReadPlan]:
-    """A plan's reads, cut into plans of whole parameters of about equal bytes, in the order in which they are flushed.
+def in_slot_order(plan: ReadPlan, homes: Mapping[str, Home], catalog: Catalog) -> Iterator[ReadPlan]:
+    """A plan's reads, cut into plans of about equal bytes, in the order in which they are flushed.
+
+    What has scales is read parameter by parameter, other reads are cut as trainers' boxes are: these land one by one.
 
     Args:
         plan: what is read in boxes.
+        homes: where its parameters live.
         catalog: the stage's.
     """
     parts = PARTS_BESIDE if catalog.format is None else PARTS_QUANTIZED
+    scaled = [entry for entry in plan.entries if homes[entry.region.parameter].scheme is not None]
+    plain = [entry for entry in plan.entries if homes[entry.region.parameter].scheme is None]
+    reads = _by_parameter(scaled) + [[some] for entry in plain for some in _as_it_lands(entry, catalog)]
 
-    def last(entries: list[PlanEntry]) -> int:
-        return max(catalog.position(entry.tensor) for entry in entries)
+    def last(entries: list[PlanEntry]) -> tuple[int, Shape]:
+        return max((catalog.position(entry.tensor), entry.source.ends) for entry in entries)
 
-    yield from _cut(plan, sorted(_by_parameter(plan.entries), key=last), parts)
+    yield from _cut(plan, sorted(reads, key=last), parts)
+
+
+def _as_it_lands(entry: PlanEntry, catalog: Catalog) -> Iterator[PlanEntry]:
+    """A read, cut at the first rows of trainers' boxes if it is large."""
+    if entry.bytes <= WHOLE_BYTES:
+        yield entry
+        return
+    start, end = entry.source.offsets[0], entry.source.ends[0]
+    firsts = {owned.box.offsets[0] for owned in catalog.owned_of(entry.tensor)}
+    edges = [start, *sorted(first for first in firsts if start < first < end), end]
+    for first, until in itertools.pairwise(edges):
+        yield entry.rows(first - start, until - first)
 
 
 def _by_parameter(entries: Iterable[PlanEntry]) -> list[list[PlanEntry]]:

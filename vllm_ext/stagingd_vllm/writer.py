@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from stagingd.boxes import whole
 from stagingd.catalog import Catalog
 from stagingd.moments import StoredMoments
 from stagingd.progress import Needs
@@ -70,9 +71,9 @@ class Writer:
         self._through = through
         self._trainers_quantize = catalog.format is not None
         self._parts = []
-        for part in in_slot_order(plan, catalog) if beside else in_parts(plan, homes):
-            needs = Needs.of(catalog, {entry.tensor for entry in part.entries})
-            scaled = [entry.tensor for entry in part.entries if homes[entry.region.parameter].scheme is not None]
+        for part in in_slot_order(plan, homes, catalog) if beside else in_parts(plan, homes):
+            scaled = {entry.tensor for entry in part.entries if homes[entry.region.parameter].scheme is not None}
+            needs = _needs(part, scaled, catalog)
             measured = all(catalog.tensor(name).quantized_from is not None for name in scaled)
             recipe = make_recipe(part, homes, catalog, rule)
             scales = LiveScales(recipe, device, beside=beside)
@@ -120,3 +121,9 @@ class Writer:
                     torch.cuda.current_stream(self._device).synchronize()
                 part.scales.set(lease.slot, lease.stored)
             part.weights.carry(lease.slot)
+
+
+def _needs(part: ReadPlan, scaled: Collection[str], catalog: Catalog) -> Needs:
+    """What is read; of tensors with scales all, as these are made of the moments of whole tensors."""
+    wholes = ((name, whole(catalog.tensor(name).shape)) for name in scaled)
+    return Needs.of_boxes(catalog, [*wholes, *((entry.tensor, entry.source) for entry in part.entries)])
