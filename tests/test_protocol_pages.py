@@ -197,7 +197,8 @@ def test_it_quantizes_before_it_stages(daemon: RunningDaemon, stage_name: str) -
         slot, _ = (client.ask("begin", **fields)["slot"] for client, fields in ranks)
         w = trainers.segment.tensor("w")
         assert (w["dtype"], w["quantized_from"], w["group"]) == ("int8", "bfloat16", 0)
-        owned = [one for one in trainers.segment.catalog["owned"] if one["tensor"] == 0]
+        number = trainers.segment.catalog["tensors"].index(w)
+        owned = [one for one in trainers.segment.catalog["owned"] if one["tensor"] == number]
         for one in owned:
             trainers.segment.write_moments(slot, one, kept)
         assert all_answers([(client, client.send("measure", **fields)) for client, fields in ranks]) == ["measured"] * 2
