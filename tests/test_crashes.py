@@ -46,7 +46,7 @@ def place(tmp_path: Path, shared: RunningDaemon) -> Iterator[Place]:
     before = Holdings.of(os.getpid())
     with Place(tmp_path / "run") as place:
         yield place
-    before.check_unchanged()
+    before.check_nothing_is_left()
 
 
 def test_every_role_has_a_point_at_every_moment_of_every_step_or_takes_no_part() -> None:
@@ -67,7 +67,7 @@ def test_a_client_dies(point: Point, shared: RunningDaemon, stage_name: str, out
     outcomes[point, ""] = DIES[point.role](point, stage_name, shared.socket)
     check_deserted(shared.socket)
     assert not shared.segments()
-    before.check_unchanged()
+    before.check_nothing_is_left()
 
 
 @pytest.mark.parametrize("point", WHILE_IT_IS_AWAY, ids=by_name)
