@@ -247,7 +247,7 @@ def test_moments_of_what_is_quantized_are_there_while_the_rest_still_crosses() -
         device = LazyDevice(random.Random(0))
         flusher = rank.flusher(device)
         flusher.flush(1, rank.puts(), [device.current().mark()])
-        flusher.measure(time.monotonic() + DEADLINE_S)
+        flusher.finish_measuring(time.monotonic() + DEADLINE_S)
         assert device.copying.ready or device.casting.ready, "all of it was waited for"
         (owned,) = (box for box in rank.catalog.owned if rank.catalog.tensors[box.tensor].name == "quantized")
         cells = slice(owned.first_cell, owned.first_cell + 200)

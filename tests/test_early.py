@@ -96,7 +96,7 @@ def test_what_a_device_tells_to_have_landed_is_there_with_its_moments(
         landings.begin(1, 1)
         flusher.flush(1, rank.puts(), [device.current().mark()])
         if form is not None:
-            flusher.measure(time.monotonic() + DEADLINE_S)
+            flusher.finish_measuring(time.monotonic() + DEADLINE_S)
             flusher.quantize(1, rank.puts())
         finish(flusher)
         assert rank.made.progress(1)._lines[1, 1] == len(rank.catalog.owned_by(0))

@@ -110,11 +110,11 @@ class Flushers:
                 read.append(Read(device, flusher.quantize(slot, some)))
         return read
 
-    def measure(self, timeout_s: float) -> None:
+    def finish_measuring(self, timeout_s: float) -> None:
         """Wait until the moments of what will be quantized are in the slot. Raises DeadlineExceeded."""
         deadline = time.monotonic() + timeout_s
         for _, flusher, _ in self._devices.values():
-            flusher.measure(deadline)
+            flusher.finish_measuring(deadline)
 
     def finish(self, timeout_s: float) -> None:
         """Wait until everything is in the slot, moments included. Raises DeadlineExceeded."""

@@ -456,7 +456,7 @@ class DeviceFlusher:
             time.sleep(LOOK_S)
         self._tell_what_landed()
 
-    def measure(self, deadline: float) -> None:
+    def finish_measuring(self, deadline: float) -> None:
         """Wait until the moments of what will be quantized are in the slot; what is held as it is may still cross.
 
         Args:

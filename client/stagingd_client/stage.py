@@ -348,7 +348,7 @@ class Stage:
         for measured in measuring:
             measured.result(0)
         ready = self._ready()
-        ready.flushers.measure(self.timeout_s)
+        ready.flushers.finish_measuring(self.timeout_s)
         request = wire.Measure(stage=self.name, rank=self.rank, version=publication.version, timeout_s=self.timeout_s)
         self._ask(request, wire.Measured)
         return ready.flushers.quantize(slot, [put for batch in publication._kept for put in batch.puts])
