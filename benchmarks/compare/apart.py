@@ -24,6 +24,7 @@ from benchmarks.compare.system import System
 from benchmarks.host import ENDING_S, remove_segments
 from stagingd.segment import SHARED_MEMORY
 
+ROOT = Path(__file__).parents[2]
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
@@ -47,7 +48,7 @@ def apart(system: System, case: Case, plan: Plan, gpus: int, deadline_s: float) 
         ]
         command = [sys.executable, "-m", "benchmarks.compare", "one", *settings, str(answer)]
         surroundings = os.environ | system.environment() | visible(case.layout.gpus, gpus, os.environ)
-        process = subprocess.Popen(command, env=surroundings, start_new_session=True)
+        process = subprocess.Popen(command, env=surroundings, cwd=ROOT, start_new_session=True)
         try:
             status: int | None = process.wait(deadline_s)
         except subprocess.TimeoutExpired:

@@ -58,8 +58,15 @@ def _bars(axes: Any, case: Case, ran: Sequence[Measured]) -> None:
         axes.barh(at, long, height=height, label=words)
     wired = [(place, one.wire.seconds * 1e3) for place, one in enumerate(ran) if one.wire is not None]
     if wired:
-        places, long = zip(*wired, strict=True)
-        axes.scatter(long, places, marker="|", s=300, color="black", label="wire alone", zorder=3)
+        axes.scatter(
+            [long for _, long in wired],
+            [place for place, _ in wired],
+            marker="|",
+            s=300,
+            color="black",
+            label="wire alone",
+            zorder=3,
+        )
     axes.set_yticks(range(len(ran)), [one.system for one in ran])
     axes.invert_yaxis()
     axes.set_xscale("log")

@@ -76,7 +76,7 @@ class Fleet:
         self._tell(Order.SEND)
         sent = await self._answers(Sent)
         self.free_at = time.monotonic()
-        return max(one.blocked_s for one in sent)
+        return max(float(one.blocked_s) for one in sent)
 
     async def settled(self) -> Settled:
         """Wait until nothing goes on beside them; gives the most device memory that the last version took of one."""
@@ -90,7 +90,7 @@ class Fleet:
         """Bytes a second out of their devices, all at once and taken together."""
         await self.settled()
         self._tell(Order.CEILING)
-        return sum(one.bytes_per_s for one in await self._answers(Copied))
+        return sum(float(one.bytes_per_s) for one in await self._answers(Copied))
 
     async def wire(self) -> float | None:
         """Seconds of the system's wire alone, of the slowest rank, where it can be had."""

@@ -8,6 +8,7 @@ import ast
 from pathlib import Path
 from typing import Final
 
+FOR_ANNOTATIONS: Final = ("__future__", "typing", "collections.abc")
 SNIPPETS: Final = Path(__file__).parent / "snippets"
 
 
@@ -22,19 +23,22 @@ def user_lines(system: str) -> int:
 
 
 def code_lines(source: str) -> int:
-    """Lines of a module with code on them. Functions that only hold it together do not count, their bodies do."""
-    counted: set[int] = set()
-    for node in ast.parse(source).body:
-        body = node.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else [node]
-        for statement in body:
-            if not _is_text(statement):
-                counted.update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
-    lines = source.splitlines()
-    return sum(1 for number in counted if (line := lines[number - 1].strip()) and not line.startswith("#"))
+    """Lines of a module with code on them.
+
+    Neither the heads of functions that hold parts together count, nor what is imported for annotations alone.
+    """
+    tree, left_out = ast.parse(source), set[int]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            left_out |= _lines(node.lineno, node.end_lineno)
+        if isinstance(node, ast.ImportFrom) and node.module in FOR_ANNOTATIONS:
+            left_out |= _lines(node.lineno, node.end_lineno)
+    for part in tree.body:
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef):
+            left_out |= _lines(part.lineno, part.body[0].lineno - 1)
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(number not in left_out and line.strip() != "" and line.strip()[0] != "#" for number, line in lines)
 
 
-def _is_text(statement: ast.stmt) -> bool:
-    """Whether it is documentation, or the import that only has annotations read late."""
-    if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
-        return True
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+def _lines(first: int, last: int | None) -> set[int]:
+    return set(range(first, (last or first) + 1))

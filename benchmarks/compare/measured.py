@@ -143,10 +143,15 @@ class Measured:
     def of(cls, found: Mapping[str, Any]) -> Measured:
         """From JSON."""
         case = found["case"]
-        parts = {name: None if found[name] is None else kind(**found[name]) for name, kind in PARTS.items()}
+        parts: dict[str, Any] = {
+            name: None if found[name] is None else kind(**found[name]) for name, kind in PARTS.items()
+        }
         return cls(
-            **{name: found[name] for name in ("system", "setting", "lines", "not_run")},
+            system=found["system"],
             case=Case(case["model"], LAYOUTS[case["layout"]], case["mode"]),
+            setting=found["setting"],
+            lines=found["lines"],
+            not_run=found["not_run"],
             steady=tuple(Update(**one) for one in found["steady"]),
             **parts,
         )

@@ -74,7 +74,7 @@ async def measure(system: System, case: Case, plan: Plan, tell: Callable[[Measur
         SIZES[case.model].save_config(folders[0] / case.model)
         llm = await cleanup.enter_async_context(engine(system, case, folders[0], plan.batch))
         before = 0 if llm is None else await _engine_bytes(llm, "stagingd_allocated")
-        stand = Stand(case, *folders, llm, plan.prefetch_gib)
+        stand = Stand(case, folders[0], folders[1], llm, plan.prefetch_gib)
         running = await cleanup.enter_async_context(system.running(stand))
         found = await _timed(system, case, plan, llm, running)
         found = replace(found, memory=await _memory(llm, running, before))
@@ -87,6 +87,7 @@ async def _timed(system: System, case: Case, plan: Plan, llm: Any, running: Runn
     first = await update(llm, running, plan.batch)
     await check(llm, case, running)  # before any other update is timed
     ceilings = await _ceilings(llm, running)
+    await update(llm, running, plan.batch)  # what has checked took leases, in the engine's name
     steady = [await update(llm, running, plan.batch) for _ in range(plan.updates)]
     await check(llm, case, running)
     return Measured(
@@ -146,7 +147,7 @@ async def _memory(llm: Any, running: Running, before: int) -> Memory:
 
 
 async def _engine_bytes(llm: Any, method: str) -> int:
-    return max(answer["device_bytes"] for answer in checked(await llm.collective_rpc(method)))
+    return max(int(answer["device_bytes"]) for answer in checked(await llm.collective_rpc(method)))
 
 
 async def _killed(llm: Any, running: Running, found: Measured, limit: float) -> Survival:

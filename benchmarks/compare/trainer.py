@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from stagingd_client import LocalShard
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.compare.case import Case
@@ -157,7 +157,7 @@ class Rank:
                 self._none[name] = values[:0].float()
             else:
                 self.held[name] = shard
-        self.mesh = None
+        self.mesh: DeviceMesh | None = None
 
     @contextmanager
     def group(self) -> Iterator[None]:
@@ -205,8 +205,11 @@ class Rank:
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor whole in bf16. Of several ranks all have to go through, and each gets all."""
         for name, tensor in self.sharded():
-            # Cast before it is gathered, which is half of the bytes.
-            yield name, tensor.to(torch.bfloat16).full_tensor() if isinstance(tensor, DTensor) else tensor
+            if isinstance(tensor, DTensor):
+                half: Any = tensor.to(torch.bfloat16)  # cast before it is gathered, which is half of the bytes
+                yield name, half.full_tensor()
+            else:
+                yield name, tensor
 
     def synchronize(self) -> None:
         """Wait for the device."""
