@@ -27,8 +27,8 @@ KNOWN_GAPS = 24
 """Gaps between tokens before an update: their median is what is usual."""
 LONGEST = 1024
 """Tokens that a request generates before it begins anew."""
-SHARES = {False: 0.6, True: 0.3}
-"""Of a GPU's memory that the engine may take, alone and beside the trainer."""
+SHARES = {False: 0.5, True: 0.3}
+"""Of a GPU's memory that the engine may take, alone and beside the trainer; systems take some of the rest."""
 
 _requests = itertools.count()
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import multiprocessing
 import time
@@ -14,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.compare.case import Case
-from benchmarks.compare.trainer import Alone, Ask, Copied, Held, Maker, Order, Post, Sent, Settled, work
+from benchmarks.compare.trainer import Alone, Ask, Copied, Failed, Held, Maker, Order, Post, Sent, Settled, work
 from benchmarks.host import ENDING_S, end
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.nccl import free_port
@@ -107,8 +108,8 @@ class Fleet:
 
     def end(self) -> None:
         """Let them end; whoever is held is killed."""
-        for connection, process in zip(self._connections, self._processes, strict=True):
-            if process.is_alive():
+        for connection in self._connections:
+            with contextlib.suppress(ConnectionError):  # it has ended
                 connection.send(Order.END)
         for process in self._processes:
             process.join(ENDING_S)
@@ -132,6 +133,8 @@ class Fleet:
                 connection.send(None)
             elif isinstance(said, kind):
                 return said
+            elif isinstance(said, Failed):
+                raise BenchmarkFailed(f"a trainer has ended: {said.words}", remedy="its own words are above")
             else:
                 raise BenchmarkFailed(f"a trainer said {said!r}", remedy="its own words are above")
 

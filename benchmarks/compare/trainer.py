@@ -4,13 +4,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import Enum
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -86,6 +88,13 @@ class Ask:
     """What whoever measures has to do before the rank can go on."""
 
     what: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What ends a rank."""
+
+    words: str
 
 
 @dataclass(frozen=True)
@@ -211,6 +220,11 @@ class Rank:
             else:
                 yield name, tensor
 
+    def whole_part(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """As ``whole``, and only what this rank hands over where every tensor is handed over once."""
+        mine = parts(self.case)[self.post.rank]
+        yield from ((name, tensor) for name, tensor in self.whole() if name in mine)
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":
@@ -266,13 +280,24 @@ class Rank:
         return time.monotonic() - begin
 
 
+def parts(case: Case) -> list[set[str]]:
+    """The names that each rank hands over: as many tensors each, those of a layer together.
+
+    An engine that reloads layer by layer keeps what it has of a layer until it has all.
+    """
+    names, ranks = list(case.shapes), case.layout.trainers
+    cuts = [len(names) * rank // ranks for rank in range(ranks + 1)]
+    return [set(names[first:last]) for first, last in itertools.pairwise(cuts)]
+
+
 Maker = Callable[[Rank], AbstractContextManager[Sender]]
 """Makes a rank's sender, in the rank's process: a function of a module."""
 
 
 def work(post: Post, make: Maker, orders: Connection) -> None:
     """One rank, until it is told to end."""
-    with orders, suppress(EOFError, ConnectionError):  # whoever measures has ended
+    with orders, suppress(EOFError, ConnectionError), ExitStack() as ending:  # whoever measures has ended
+        ending.push(partial(_tell_what_ends_it, orders))
         rank = Rank(post, orders)
         with rank.group():
             before = rank.allocated()
@@ -282,6 +307,11 @@ def work(post: Post, make: Maker, orders: Connection) -> None:
                 while (order := orders.recv()) is not Order.END:
                     version += order is Order.PREPARE
                     _obey(order, version, rank, sender, before)
+
+
+def _tell_what_ends_it(orders: Connection, kind: type[BaseException] | None, error: Any, _: Any) -> None:
+    if kind is not None:
+        orders.send(Failed(f"{kind.__name__}: {' '.join(str(error).split())}"))
 
 
 def _obey(order: Order, version: int, rank: Rank, sender: Sender, before: int) -> None:

@@ -38,11 +38,11 @@ class Worker:
 
 def trainer(model: torch.nn.Module, server: ParameterServer, rank: int, ranks: int, url: str) -> None:
     """In every rank, after a step."""
-    mine = {}
+    mine, count = {}, len(list(model.parameters()))
     for number, (name, parameter) in enumerate(model.named_parameters()):
         tensor = parameter.to(torch.bfloat16)
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if number % ranks == rank:
+        if number * ranks // count == rank:
             mine[name] = tensor
     server.register_checkpoint("policy", named_tensors=mine, use_shared_memory_pool=True)
     server.gather_metas("policy")

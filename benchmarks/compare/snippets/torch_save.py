@@ -16,11 +16,11 @@ PATH = "/dev/shm/policy-{rank}.pt"  # noqa: S108 - shared memory is what it is f
 
 def trainer(model: torch.nn.Module, rank: int, ranks: int) -> None:
     """In every rank, after a step; a barrier follows."""
-    mine = {}
+    mine, count = {}, len(list(model.parameters()))
     for number, (name, parameter) in enumerate(model.named_parameters()):
         tensor = parameter.to(torch.bfloat16)
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if number % ranks == rank:
+        if number * ranks // count == rank:
             mine[name] = tensor.cpu()
     torch.save(mine, PATH.format(rank=rank))
 

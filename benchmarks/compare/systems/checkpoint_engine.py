@@ -9,6 +9,7 @@ layerwise reload, which checkpoint-engine's own extension does not do: engines t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -25,7 +26,8 @@ from benchmarks.compare.fleet import fleet
 from benchmarks.compare.measured import Ceilings, Traffic, Wire
 from benchmarks.compare.system import Running, Stand, Usual, UsualRunning
 from benchmarks.compare.systems.torch_save import gathered, not_reloaded
-from benchmarks.compare.trainer import Rank, UsualSender
+from benchmarks.compare.trainer import Rank, UsualSender, parts
+from benchmarks.host_case import ITEM_BYTES
 from benchmarks.nccl import LOCAL, free_port
 
 NAME = "policy"
@@ -49,9 +51,7 @@ class Serve(UsualSender):
 
     def send(self, version: int) -> None:
         """Returns once this rank's part of the whole tensors is in page-locked memory; a thread could do the rest."""
-        ranks = self._rank.case.layout.trainers
-        whole = enumerate(self._rank.whole())
-        mine = {name: tensor for number, (name, tensor) in whole if number % ranks == self._rank.post.rank}
+        mine = dict(self._rank.whole_part())
         self._rank.synchronize()
         self._server.register_checkpoint(NAME, named_tensors=mine, use_shared_memory_pool=True)
 
@@ -69,9 +69,8 @@ class Serve(UsualSender):
 
     def host_bytes(self) -> int:
         """This rank's part of a version in bf16."""
-        shapes = enumerate(self._rank.case.shapes.values())
-        ranks, rank = self._rank.case.layout.trainers, self._rank.post.rank
-        return 2 * sum(torch.Size(shape).numel() for number, shape in shapes if number % ranks == rank)
+        case = self._rank.case
+        return ITEM_BYTES * sum(math.prod(case.shapes[name]) for name in parts(case)[self._rank.post.rank])
 
 
 @contextmanager
