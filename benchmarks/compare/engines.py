@@ -119,7 +119,7 @@ class Load:
     ) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.wait(self._tasks)
+        await asyncio.wait(self._tasks, timeout=CALL_S)
 
     async def passed(self, begin: float, end: float) -> tuple[float, float]:
         """By how much one token at most, and all of them together, were later than usual between two instants.

@@ -18,7 +18,7 @@ from typing import Any, Final
 from stagingd_vllm.answers import checked
 
 from benchmarks.compare.case import Case
-from benchmarks.compare.engines import Load, engine, first_token
+from benchmarks.compare.engines import CALL_S, Load, engine, first_token
 from benchmarks.compare.lines import user_lines
 from benchmarks.compare.measured import Ceilings, Measured, Memory, Survival, Update, median
 from benchmarks.compare.system import Running, Stand, System
@@ -80,7 +80,7 @@ async def measure(system: System, case: Case, plan: Plan, tell: Callable[[Measur
         found = replace(found, memory=await _memory(llm, running, before))
         tell(found)
         if llm is not None and plan.kill_s:
-            tell(replace(found, survival=await _killed(llm, running, found, plan.kill_s)))
+            tell(replace(found, survival=await killed(llm, running, found, plan.kill_s)))
 
 
 async def _timed(system: System, case: Case, plan: Plan, llm: Any, running: Running) -> Measured:
@@ -150,7 +150,7 @@ async def _engine_bytes(llm: Any, method: str) -> int:
     return max(int(answer["device_bytes"]) for answer in checked(await llm.collective_rpc(method)))
 
 
-async def _killed(llm: Any, running: Running, found: Measured, limit: float) -> Survival:
+async def killed(llm: Any, running: Running, found: Measured, limit: float) -> Survival:
     """Kill the last worker in the middle of an update, and see how long the trainers are held."""
     worker = (await llm.collective_rpc("compare_process"))[-1]
     await running.fleet.prepare()
@@ -162,5 +162,5 @@ async def _killed(llm: Any, running: Running, found: Measured, limit: float) -> 
         await asyncio.sleep(0.001)
     free_at = running.fleet.free_at
     delivering.cancel()
-    await asyncio.wait([delivering])
+    await asyncio.wait([delivering], timeout=CALL_S)
     return Survival(None if free_at is None else max(free_at - died, 0.0), limit)

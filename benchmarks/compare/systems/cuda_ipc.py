@@ -8,6 +8,7 @@ handles that it is sent, and does so only where ``VLLM_ALLOW_INSECURE_SERIALIZAT
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import pickle
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -26,6 +27,7 @@ from benchmarks.compare.system import Running, Stand, Usual, UsualRunning
 from benchmarks.compare.systems.nccl import not_026
 from benchmarks.compare.systems.torch_save import not_reloaded
 from benchmarks.compare.trainer import Rank, UsualSender
+from benchmarks.nccl import UPDATE_S
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ class Export(UsualSender):
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: PLC0415 - seconds
 
         self._rank.synchronize()
-        options = {"send_mode": self._post, "packed": self._rank.post.arguments["packed"]}
+        options = {"send_mode": self.post, "packed": self._rank.post.arguments["packed"]}
         IPCWeightTransferEngine.trainer_send_weights(self._rank.whole(), options)
         self._rank.synchronize()
 
-    def _post(self, info: Any) -> None:
+    def post(self, info: Any) -> None:
         """As vLLM's own transport by HTTP packs it."""
         fields = {name: getattr(info, name) for name in ("names", "dtype_names", "shapes", "packed", "tensor_sizes")}
         handles = base64.b64encode(pickle.dumps(info.ipc_handles)).decode()
@@ -142,5 +144,6 @@ class CudaIpc(Usual):
 
         async with fleet(stand.case, export, {"packed": self.packed}, update) as trainers:
             await trainers.ready()
-            await stand.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+            async with asyncio.timeout(UPDATE_S):
+                await stand.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
             yield Imported(trainers, stand.llm)
