@@ -58,7 +58,7 @@ class Fleet:
 
     def __init__(self, said: list[str], *, stuck: bool = False) -> None:
         self.said, self.stuck = said, stuck
-        self.free_at: float | None = None
+        self.done_at: float | None = None
         self.newest = 0
 
     async def prepare(self) -> int:
@@ -160,7 +160,7 @@ def test_trainers_that_a_dead_worker_holds_are_told_apart_from_those_that_go_on(
 
         async def deliver() -> float:
             if not stuck:
-                trainers.free_at = 0.0
+                trainers.done_at = 0.0
             return await trainers.send()
 
         engine.collective_rpc = collective_rpc  # type: ignore[method-assign, assignment]

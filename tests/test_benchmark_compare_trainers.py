@@ -34,7 +34,8 @@ def test_several_ranks_gather_each_version_and_hand_over_every_tensor_once() -> 
             for version in (1, 2):
                 assert await trainers.prepare() == version
                 assert await trainers.send() > 0
-                assert trainers.free_at is not None
+                await trainers.settled()
+                assert trainers.done_at is not None
             assert await trainers.host_bytes() == 10 + 11
             assert await trainers.ceiling() > 0
             assert await trainers.wire() is None
@@ -55,7 +56,7 @@ def test_a_trainer_that_ends_is_told_of_and_so_is_why(make: Any, words: str) -> 
             await trainers.prepare()
             with pytest.raises(BenchmarkFailed, match=words):
                 await trainers.send()
-            assert trainers.free_at is None
+            assert trainers.done_at is None
 
     asyncio.run(run())
     assert not multiprocessing.active_children()

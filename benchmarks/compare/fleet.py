@@ -37,12 +37,11 @@ class Fleet:
 
     Attributes:
         newest: the version whose weights they have.
-        free_at: when every rank had last been let go on, by ``time.monotonic``; None while one is held.
+        done_at: when nothing of the last version went on in any rank any more, by ``time.monotonic``; None until then.
     """
 
     def __init__(self, case: Case, make: Maker, arguments: Mapping[str, Any], asked: Asked) -> None:
         self._asked = asked
-        self._unsettled = False
         self._connections: list[Connection] = []
         self._processes = []
         context, port = multiprocessing.get_context("spawn"), free_port()
@@ -54,14 +53,13 @@ class Fleet:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
-        self._settled = Settled(0, 0)
+        self._settling: asyncio.Task[Settled] | None = None
         self.newest = 0
-        self.free_at: float | None = None
+        self.done_at: float | None = None
 
     async def ready(self) -> None:
         """Wait until all of them have joined the system."""
         await self._answers(type(None))
-        self.free_at = time.monotonic()
 
     async def prepare(self) -> int:
         """Have them make the weights of one more version, which it gives."""
@@ -73,19 +71,22 @@ class Fleet:
 
     async def send(self) -> float:
         """Have them send their weights; gives the seconds for which that held the host of the slowest."""
-        self._unsettled, self.free_at = True, None
+        self.done_at = None
         self._tell(Order.SEND)
         sent = await self._answers(Sent)
-        self.free_at = time.monotonic()
+        self._settling = asyncio.create_task(self._settle())
         return max(float(one.blocked_s) for one in sent)
 
     async def settled(self) -> Settled:
         """Wait until nothing goes on beside them; gives the most device memory that the last version took of one."""
-        if self._unsettled:
-            told = await self._answers(Settled)
-            self._unsettled = False
-            self._settled = Settled(*(max(getattr(t, f.name) for t in told) for f in dataclasses.fields(Settled)))
-        return self._settled
+        if self._settling is None:
+            return Settled(0, 0)
+        return await asyncio.shield(self._settling)  # which goes on though whoever waits does not
+
+    async def _settle(self) -> Settled:
+        told = await self._answers(Settled)
+        self.done_at = time.monotonic()
+        return Settled(*(max(getattr(one, field.name) for one in told) for field in dataclasses.fields(Settled)))
 
     async def ceiling(self) -> float:
         """Bytes a second out of their devices, all at once and taken together."""
@@ -105,6 +106,12 @@ class Fleet:
         await self.settled()
         self._tell(Order.HOST)
         return sum(one.host_bytes for one in await self._answers(Held))
+
+    async def forget(self) -> None:
+        """Wait for nothing any more that goes on beside the trainers."""
+        if self._settling is not None:
+            self._settling.cancel()
+            await asyncio.wait([self._settling], timeout=ENDING_S)
 
     def end(self) -> None:
         """Let them end; whoever is held is killed."""
@@ -164,4 +171,5 @@ async def fleet(
     try:
         yield found
     finally:
+        await found.forget()
         await asyncio.to_thread(found.end)

@@ -95,7 +95,8 @@ class Memory:
 class Survival:
     """What came of the trainers when a worker of the engine was killed midway.
 
-    ``seconds`` from its death until every trainer rank could go on; None where one could not within ``limit_s``.
+    ``seconds`` from its death until every trainer rank was done with the update, so that it could begin the next one;
+    None where one was not within ``limit_s``.
     """
 
     seconds: float | None

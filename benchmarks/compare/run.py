@@ -158,9 +158,9 @@ async def killed(llm: Any, running: Running, found: Measured, limit: float) -> S
     await asyncio.sleep(median(found.values("total_s")) / 2)
     os.kill(worker, signal.SIGKILL)
     died = time.monotonic()
-    while running.fleet.free_at is None and time.monotonic() - died < limit:
+    while running.fleet.done_at is None and time.monotonic() - died < limit:
         await asyncio.sleep(0.001)
-    free_at = running.fleet.free_at
+    done_at = running.fleet.done_at
     delivering.cancel()
     await asyncio.wait([delivering], timeout=CALL_S)
-    return Survival(None if free_at is None else max(free_at - died, 0.0), limit)
+    return Survival(None if done_at is None else max(done_at - died, 0.0), limit)
