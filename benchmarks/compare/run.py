@@ -20,7 +20,7 @@ from stagingd_vllm.answers import checked
 from benchmarks.compare.case import Case
 from benchmarks.compare.engines import CALL_S, Load, engine, first_token
 from benchmarks.compare.lines import user_lines
-from benchmarks.compare.measured import Ceilings, Measured, Memory, Survival, Update, median
+from benchmarks.compare.measured import Ceilings, Measured, Memory, Survival, Update, median, now
 from benchmarks.compare.system import Running, Stand, System
 from benchmarks.engine import refuse_inexact
 from benchmarks.read_model import SIZES
@@ -49,7 +49,7 @@ class Plan:
 
 def refused(system: System, case: Case, why: str) -> Measured:
     """What the report says of a system that did not run."""
-    return Measured(system.name, case, system.setting, user_lines(system.name), not_run=why)
+    return Measured(system.name, case, system.setting, user_lines(system.name), now(), not_run=why)
 
 
 async def measure(system: System, case: Case, plan: Plan, tell: Callable[[Measured], None]) -> None:
@@ -95,6 +95,7 @@ async def _timed(system: System, case: Case, plan: Plan, llm: Any, running: Runn
         case=case,
         setting=system.setting,
         lines=user_lines(system.name),
+        taken_at=now(),
         first=first,
         steady=tuple(steady),
         ceilings=ceilings,
