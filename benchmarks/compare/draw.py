@@ -13,11 +13,13 @@ from benchmarks.compare.measured import Measured, median
 from benchmarks.compare.table import measurements
 from benchmarks.host_case import BenchmarkFailed
 
-BARS: Final = {
-    "trainer_blocked_s": "trainer blocked",
-    "engine_stopped_s": "engine stopped",
-    "total_s": "last weight to first token",
+POINTS: Final = {
+    "trainer_blocked_s": ("trainer blocked", "o"),
+    "engine_stopped_s": ("engine stopped", "s"),
+    "total_s": ("last weight to first token", "D"),
 }
+APART: Final = 0.18
+"""Of a row, between its points; the wire stands beside what it is a part of."""
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -42,37 +44,33 @@ def draw(report: Mapping[str, Any], folder: Path) -> list[Path]:
     for case in dict.fromkeys(one.case for one in found):
         ran = [one for one in found if one.case == case and one.steady]
         if ran:
-            figure = Figure(figsize=(9, 1.2 + 0.75 * len(ran)), layout="constrained")
-            _bars(figure.subplots(), case, ran)
+            figure = Figure(figsize=(9, 1.4 + 0.6 * len(ran)), layout="constrained")
+            _points(figure.subplots(), case, ran)
             paths.append(folder / f"compare-{report['machine']}-{_slug(case)}.svg")
             figure.savefig(paths[-1], metadata={"Date": None})
     return paths
 
 
-def _bars(axes: Any, case: Case, ran: Sequence[Measured]) -> None:
-    """Groups of horizontal bars, one group for each system, the first on top; wires as marks."""
-    height = 0.8 / len(BARS)
-    for number, (figure, words) in enumerate(BARS.items()):
-        at = [place + (number - 1) * height for place, one in enumerate(ran) if one.values(figure)]
-        long = [median(one.values(figure)) * 1e3 for one in ran if one.values(figure)]
-        axes.barh(at, long, height=height, label=words)
-    wired = [(place, one.wire.seconds * 1e3) for place, one in enumerate(ran) if one.wire is not None]
-    if wired:
-        axes.scatter(
-            [long for _, long in wired],
-            [place for place, _ in wired],
-            marker="|",
-            s=300,
-            color="black",
-            label="wire alone",
-            zorder=3,
-        )
+def _points(axes: Any, case: Case, ran: Sequence[Measured]) -> None:
+    """A row for each system, the first on top. Points, since the axis is logarithmic and bars would begin nowhere."""
+    for number, (figure, (words, marker)) in enumerate(POINTS.items()):
+        found = [(place, median(values)) for place, one in enumerate(ran) if (values := one.values(figure))]
+        _scatter(axes, found, (number - 1) * APART, marker, words)
+    wired = [(place, one.wire.seconds) for place, one in enumerate(ran) if one.wire is not None]
+    _scatter(axes, wired, APART, "|", "wire alone")
     axes.set_yticks(range(len(ran)), [one.system for one in ran])
-    axes.invert_yaxis()
+    axes.set_ylim(len(ran) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds, median")
+    axes.grid(visible=True, axis="x", alpha=0.3)
     axes.set_title(f"{case.label}, {case.bytes / 1e9:.3g} GB", loc="left", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.figure.legend(loc="outside lower center", ncols=len(POINTS) + 1, fontsize=8)
+
+
+def _scatter(axes: Any, found: Sequence[tuple[int, float]], lower: float, marker: str, words: str) -> None:
+    if found:
+        long, places = [seconds * 1e3 for _, seconds in found], [place + lower for place, _ in found]
+        axes.scatter(long, places, marker=marker, s=60, label=words)
 
 
 def _slug(case: Case) -> str:
