@@ -48,13 +48,13 @@ async def nccl_seconds(model: str, ranks: int, llm: Any) -> float:
     Raises:
         BenchmarkFailed: joining, or an update, did not end.
     """
-    port, (ours, theirs) = _free_port(), multiprocessing.Pipe()
+    port, (ours, theirs) = free_port(), multiprocessing.Pipe()
     trainer = multiprocessing.get_context("spawn").Process(target=send, args=(model, port, ranks, theirs))
     trainer.start()
     theirs.close()
     try:
         async with asyncio.timeout(UPDATE_S):
-            await _join(llm, port, ranks)
+            await join(llm, port, ranks)
         seconds = []
         for _ in range(UPDATES):
             async with asyncio.timeout(UPDATE_S):
@@ -88,7 +88,8 @@ def send(model: str, port: int, ranks: int, orders: Connection) -> None:
             orders.send(None)
 
 
-async def _join(llm: Any, port: int, ranks: int) -> None:
+async def join(llm: Any, port: int, ranks: int) -> None:
+    """Have the engine's workers join the trainer's group, in which the trainer is the first rank."""
     from vllm.distributed.weight_transfer.base import WeightTransferInitRequest  # noqa: PLC0415 - takes seconds
 
     place = {"master_address": LOCAL, "master_port": port, "rank_offset": 1, "world_size": ranks + 1}
@@ -115,7 +116,8 @@ async def _update(model: str, llm: Any, trainer: Connection) -> float:
     return seconds
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens at now."""
     with closing(socket.socket()) as found:
         found.bind((LOCAL, 0))
         return int(found.getsockname()[1])

@@ -40,7 +40,7 @@ def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callab
         return Exactness(bytes=home.weight.nbytes, differing_bytes=_differing(home.weight, loaded))
     if home.scale is None or home.scheme.live != "float8_e4m3fn":
         raise BenchmarkFailed(f"{home.scheme.name} is not checked here", remedy="measure an FP8 mode")
-    matrices = _padded(loaded, home).reshape(-1, *home.weight.shape[-2:])
+    matrices = padded(loaded, home).reshape(-1, *home.weight.shape[-2:])
     limits = _limits(home.scheme.granularity, matrices, shape, entries, tensors)
     scales = home.scheme.formula(limits, limits.device)
     made = torch.stack(
@@ -57,8 +57,8 @@ def compare(home: Home, shape: Shape, entries: Sequence[PlanEntry], read: Callab
     )
 
 
-def _padded(loaded: torch.Tensor, home: Home) -> torch.Tensor:
-    """Experts whose parts live as whole blocks: zeros between."""
+def padded(loaded: torch.Tensor, home: Home) -> torch.Tensor:
+    """What was loaded, in the shape in which it lives. Experts whose parts live as whole blocks: zeros between."""
     if loaded.shape == home.weight.shape:
         return loaded
     _, rows, columns = home.weight.shape

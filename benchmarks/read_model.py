@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -80,8 +80,15 @@ class Sizes:
             yield name, values.mul_(0.02).add_(float(len(shape) == 1))
 
 
+_8B: Final = Sizes(32, 4096, 14336, 32, 8, 128, 128256)
+_DEBUG: Final = Sizes(2, 256, 512, 4, 2, 64, 1024)
 SIZES: Final = {
-    "8B": Sizes(32, 4096, 14336, 32, 8, 128, 128256),
+    "8B": _8B,
     "30B-A3B": Sizes(48, 2048, 768, 32, 4, 128, 151936, experts=128),
-    "debug": Sizes(2, 256, 512, 4, 2, 64, 1024),
+    "debug": _DEBUG,
+    # Fewer layers of the same: for what a byte costs, and of what would not fit whole beside its trainers.
+    "8B-16-layers": replace(_8B, layers=16),
+    "8B-8-layers": replace(_8B, layers=8),
+    "70B-20-layers": Sizes(20, 8192, 28672, 64, 8, 128, 128256),
+    "debug-8-layers": replace(_DEBUG, layers=8),
 }

@@ -51,7 +51,7 @@ class ReadWorkerExtension(StagingdWorkerExtension):
             "bytes": bytes_read,
             "share": bytes_read / attachment.receiver.plan.staged_bytes,
             "device_bytes": peak,
-            "pinned": _pinned(device),
+            "pinned": pinned_rate(device),
         }
 
     @answering
@@ -136,7 +136,7 @@ def _timed(device: torch.device, what: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _pinned(device: torch.device) -> float:
+def pinned_rate(device: torch.device) -> float:
     """Bytes a second of a copy from pinned memory, all ranks at once."""
     size = PINNED_BYTES if device.type == "cuda" else 2**24
     source = (
