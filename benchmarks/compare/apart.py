@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -78,7 +79,11 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2 * ENDING_S)
+    until = time.monotonic() + ENDING_S  # what it has started gives shared memory back
     with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)  # a worker that hangs outlives whoever started it
     process.wait(ENDING_S)
     remove_segments(f"/stagingd-bench-{process.pid}-")
