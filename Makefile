@@ -16,7 +16,8 @@ DEATHS := tests/test_crashes.py tests/test_exactness_of_models.py tests/test_pla
 	tests/test_plan_command.py tests/test_benchmark_flush.py tests/test_attachment.py \
 	tests/test_quantization_error.py tests/test_computed.py tests/test_torchao.py tests/test_documents.py
 ENGINES := tests/test_demo.py tests/test_vllm_fp8_engine.py tests/test_vllm_engine.py tests/test_vllm_server.py tests/test_async_engine.py \
-	tests/test_engines_die_and_join.py tests/test_weight_transfer.py
+	tests/test_engines_die_and_join.py tests/test_weight_transfer.py tests/test_benchmark_compare_run.py \
+	tests/test_benchmark_compare_systems.py tests/test_benchmark_compare_trainers.py
 BESIDE := $(DEATHS) $(ENGINES)
 
 # One thread each: threads that wait for each other on busy cores take a hundred times as long.

@@ -26,6 +26,10 @@ LANDING_BYTES: Final = 2**27
 """A larger box is cut: engines that read as it lands wait for the first part, which takes 2.5 ms, and not for all."""
 
 
+MOST_PARTS: Final = 2**11
+"""So many are made of a stage so, about: whatever sizes somebody declares."""
+
+
 class HeldBox(NamedTuple):
     """A box of a tensor and all ranks that hold it, in rising order."""
 
@@ -78,12 +82,13 @@ def choose_owners(held: Iterable[HeldBox]) -> list[Part]:
         for part in _parts(entry, load):
             load[part.rank] += part.box.volume * entry.item_bytes
             parts.append(part)
-    return [small for part in parts for small in _small(part, item_bytes[part.tensor])]
+    sizes = [part.box.volume * item_bytes[part.tensor] for part in parts]
+    limit = max(LANDING_BYTES, sum(sizes) // MOST_PARTS)
+    return [small for part, size in zip(parts, sizes, strict=True) for small in _small(part, -(-size // limit))]
 
 
-def _small(part: Part, item_bytes: int) -> Iterator[Part]:
-    """A part, cut where it is large."""
-    wanted = -(-part.box.volume * item_bytes // LANDING_BYTES)
+def _small(part: Part, wanted: int) -> Iterator[Part]:
+    """A part, cut into so many, or fewer."""
     cut = _cut_of(part.box, wanted) if wanted > 1 else None
     if cut is None or cut.parts < 2:
         yield part

@@ -17,7 +17,7 @@ from stagingd.boxes import Box, Shape, intersect, overlapping, uncovered, whole
 from stagingd.catalog import TensorDeclaration, build
 from stagingd.dtypes import ITEM_BYTES
 from stagingd.moments import ALL_GRIDS, BLOCK
-from stagingd.owners import LANDING_BYTES, PIECE_BYTES, HeldBox, Part, choose_owners
+from stagingd.owners import LANDING_BYTES, MOST_PARTS, PIECE_BYTES, HeldBox, Part, choose_owners
 
 
 def held(box: Box, ranks: int, name: str = "w") -> HeldBox:
@@ -119,6 +119,12 @@ def test_whatever_is_cut_for_landing_is_all_of_it_once(shape: list[int], first: 
     assert uncovered(box.ends, [*before, *(part.box for part in parts)]) is None
     assert overlapping([part.box for part in parts]) is None
     assert all(part.box.volume for part in parts)
+
+
+def test_boxes_of_any_size_and_number_are_cut_into_few_parts() -> None:
+    for count in (1, 5000):
+        parts = choose_owners([held(whole((1 << 60,)), 1, name=f"w{number}") for number in range(count)])
+        assert count <= len(parts) <= count + MOST_PARTS
 
 
 def test_rows_of_a_single_block_are_cut_anywhere() -> None:
