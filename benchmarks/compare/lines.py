@@ -13,8 +13,10 @@ SNIPPETS: Final = Path(__file__).parent / "snippets"
 
 
 def snippet(system: str) -> Path:
-    """The file with what a user writes in trainer and engine."""
-    return SNIPPETS / f"{system.replace('-', '_')}.py"
+    """The file with what a user writes in trainer and engine; settings of one system have it in common."""
+    parts = system.split("-")
+    paths = [SNIPPETS / f"{'_'.join(parts[:count])}.py" for count in range(len(parts), 0, -1)]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def user_lines(system: str) -> int:

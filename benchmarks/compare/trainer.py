@@ -265,7 +265,7 @@ class Rank:
 
     def copied(self) -> Copied:
         """A plain copy to page-locked memory, while all ranks copy; to other memory on a CPU."""
-        source = torch.zeros(COPIED_BYTES[self.device.type], dtype=torch.uint8, device=self.device)
+        source = torch.randint(0, 255, (COPIED_BYTES[self.device.type],), dtype=torch.uint8, device=self.device)
         target = torch.empty(source.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         seconds = [self.timed(lambda: target.copy_(source, non_blocking=True)) for _ in range(COPIES)]
         return Copied(source.nbytes / statistics.median(seconds))

@@ -54,8 +54,8 @@ from stagingd_client.queues import Mark
 BATCH_BYTES = 2**30
 """Shards that are put one by one are flushed together, so many bytes at once, ..."""
 BATCH_S = 0.01
-"""... unless all of them come within so many seconds. To queue copies takes Python, in another thread: it holds up the
-one that puts, by more than these copies gain by an earlier start."""
+"""... unless all of them come within so many seconds. To queue copies takes Python, in another thread, which holds up
+the one that puts."""
 
 
 class Stage:

@@ -1,6 +1,6 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own transfer by CUDA IPC: what a user writes, for vLLM 0.26, with the engine behind HTTP."""
+"""vLLM's own transfer by CUDA IPC, packed or all at once: what a user writes, for vLLM 0.26, the engine behind HTTP."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def whole(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trainer(model: torch.nn.Module, url: str) -> None:
+def trainer(model: torch.nn.Module, url: str, packed: bool) -> None:
     """In the trainer, after a step, on the engine's GPU."""
     for call in ("pause?mode=keep&clear_cache=false", "start_weight_update"):
         requests.post(f"{url}/{call}", timeout=60).raise_for_status()
-    options = {"send_mode": "http", "url": url, "packed": False}
+    options = {"send_mode": "http", "url": url, "packed": packed}
     IPCWeightTransferEngine.trainer_send_weights(whole(model), options)
     for call in ("finish_weight_update", "resume"):
         requests.post(f"{url}/{call}", timeout=60).raise_for_status()

@@ -59,7 +59,7 @@ class Broadcast(UsualSender):
         if self._group is None:
             return None
         sizes = broadcast_sizes(self._rank.case, packed=self._packed)
-        buffer = torch.empty(max(sizes), dtype=torch.uint8, device=self._rank.device)
+        buffer = torch.randint(0, 255, (max(sizes),), dtype=torch.uint8, device=self._rank.device)
         return statistics.median(broadcasts(self._group, buffer, sizes, TIMES))
 
 

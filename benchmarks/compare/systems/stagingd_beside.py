@@ -32,7 +32,7 @@ STAGE = "policy"
 
 
 class Flush(UsualSender):
-    """Puts a rank's shards, which the workers read once all ranks have committed."""
+    """Puts a rank's shards, which the workers read as they land."""
 
     def __init__(self, rank: Rank, stage: Stage) -> None:
         self._rank, self._stage = rank, stage
@@ -85,12 +85,12 @@ class Followed(UsualRunning):
         refuse_inexact(STAGE, checked(await self.llm.collective_rpc("stagingd_check")))
 
     async def wire(self, ceilings: Ceilings) -> Wire | None:
-        """A version out of the trainers, and then what its workers read of it."""
+        """A version out of the trainers, or what its workers read of it meanwhile, whichever takes longer."""
         if ceilings.into_engine is None:
             return None
         read = checked(await self.llm.collective_rpc("compare_read_bytes"))
-        seconds = self.case.bytes / ceilings.from_trainers + sum(r["bytes"] for r in read) / ceilings.into_engine
-        return Wire(seconds, "its bytes out and in again, by the plain copies of the same run")
+        out, back = self.case.bytes / ceilings.from_trainers, sum(r["bytes"] for r in read) / ceilings.into_engine
+        return Wire(max(out, back), "the longer of its bytes out and in, by the plain copies of the same run")
 
     async def host_bytes(self) -> int:
         """The stage's segment, by the daemon's word."""
@@ -107,7 +107,7 @@ class StagingdBeside(Usual):
     """Prefetched beside a generating engine, and swapped in."""
 
     name: str = "stagingd"
-    setting: str = "bf16 stage, prefetched beside generation and swapped in between two steps"
+    setting: str = "bf16 stage, prefetched as it lands beside generation, swapped in between two steps"
     has_engine: bool = True
 
     def traffic(self, case: Case) -> Traffic:

@@ -1,6 +1,6 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's own transfer over NCCL, tensor by tensor: what a user writes, for vLLM 0.26."""
+"""vLLM's own transfer over NCCL, packed or tensor by tensor: what a user writes, for vLLM 0.26."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def join(address: str, port: int, workers: int) -> Any:
     return NCCLWeightTransferEngine.trainer_init(place)
 
 
-def trainer(model: torch.nn.Module, rank: int, group: Any) -> None:
+def trainer(model: torch.nn.Module, rank: int, group: Any, packed: bool) -> None:
     """In every rank, after a step, once the engine is told."""
     if rank == 0:
-        NCCLWeightTransferEngine.trainer_send_weights(whole(model), {"group": group, "packed": False})
+        NCCLWeightTransferEngine.trainer_send_weights(whole(model), {"group": group, "packed": packed})
     else:
         for _ in whole(model):
             pass
@@ -47,10 +47,10 @@ async def start(folder: str, address: str, port: int, workers: int) -> Any:
     return llm
 
 
-async def engine(llm: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+async def engine(llm: Any, shapes: dict[str, tuple[int, ...]], packed: bool) -> None:
     """In the engine's process, for every update, while the trainers send."""
     names, dtypes = list(shapes), ["bfloat16"] * len(shapes)
-    told = {"names": names, "dtype_names": dtypes, "shapes": [list(s) for s in shapes.values()], "packed": False}
+    told = {"names": names, "dtype_names": dtypes, "shapes": [list(s) for s in shapes.values()], "packed": packed}
     await llm.pause_generation(mode="keep", clear_cache=False)
     await llm.start_weight_update()
     await llm.update_weights(WeightTransferUpdateRequest(update_info=told))
