@@ -166,32 +166,62 @@ def test_a_version_that_is_only_waited_for_makes_way_for_another(writing: Writin
     assert writing.versions == [9]
 
 
+class Slow(Lease):
+    """Of a version that is to be read when ``go_on`` is set."""
+
+    def __init__(self, given_back: list[int], leased: threading.Event, go_on: threading.Event) -> None:
+        super().__init__(5, False)
+        self._given_back, self._leased, self._go_on = given_back, leased, go_on
+
+    def __enter__(self) -> Lease:
+        self._leased.set()
+        assert self._go_on.wait(LONG_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_back.append(self.version)
+
+
+class Leasing:
+    """Leases what is slow to be leased; ``leased`` tells who has leased, in turn."""
+
+    def __init__(self) -> None:
+        self.leased, self.go_on = [threading.Event(), threading.Event()], threading.Event()
+        self.given_back: list[int] = []
+        self._turns = iter(self.leased)
+
+    def lease(self, **_: object) -> Lease:
+        return Slow(self.given_back, next(self._turns), self.go_on)
+
+
 def test_one_that_is_leased_when_nobody_wants_it_any_more_is_given_back_unread(writing: Writing) -> None:
-    stage, leased, go_on = Later(), threading.Event(), threading.Event()
-    given_back: list[int] = []
-
-    class Slow(Lease):
-        def __enter__(self) -> Lease:
-            leased.set()
-            assert go_on.wait(LONG_S)
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            given_back.append(self.version)
-
-    stage.lease = lambda **_: Slow(5, False)  # type: ignore[method-assign]
-    prefetcher = started(stage, writing)
-    assert leased.wait(LONG_S)
-    with prefetcher._request._lock:  # type: ignore[union-attr]
-        assert not prefetcher.reading
+    stage = Leasing()
+    prefetcher = started(stage, writing)  # type: ignore[arg-type]
+    assert stage.leased[0].wait(LONG_S)
+    assert not prefetcher.reading
     prefetcher.forget()
     assert prefetcher.version() is None
-    go_on.set()
     prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
+    assert not stage.leased[1].wait(0.05), "the reader is that of whoever was forgotten, until it has given back"
+    stage.go_on.set()
     writing.go_on.set()
     assert prefetcher.version(LONG_S) == 5
     assert writing.versions == [5]
-    assert given_back == [5, 5]
+    assert stage.given_back == [5, 5]
+
+
+def test_whoever_stands_aside_waits_for_one_that_was_forgotten_and_does_not_ask_again(writing: Writing) -> None:
+    stage = Leasing()
+    prefetcher = started(stage, writing)  # type: ignore[arg-type]
+    assert stage.leased[0].wait(LONG_S)
+    prefetcher.forget()
+    stage.go_on.set()
+    with prefetcher.aside():
+        assert stage.given_back == [5], "the reader is the caller's"
+    prefetcher.close(LONG_S)
+    assert prefetcher.version() is None
+    assert writing.versions == []
+    assert not stage.leased[1].is_set()
 
 
 def test_what_is_waited_for_stands_aside_and_is_waited_for_again(writing: Writing) -> None:

@@ -96,6 +96,7 @@ class Prefetcher:
         self._reader = reader
         self._write = write
         self._request: _Request | None = None
+        self._forgotten = False  # its thread may need the reader yet, so it is kept
         self._ending = False
 
     @property
@@ -127,7 +128,7 @@ class Prefetcher:
             except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where one asks for the outcome
                 request.outcome.set_exception(error)
 
-        self._request = request
+        self._request, self._forgotten = request, False
         threading.Thread(target=run, name="stagingd-prefetch", daemon=True).start()
 
     def version(self, timeout_s: float = 0.0) -> int | None:
@@ -139,7 +140,7 @@ class Prefetcher:
         Raises:
             StagingError: what kept it from being read.
         """
-        if self._request is None:
+        if self._request is None or self._forgotten:
             return None
         outcome = self._request.outcome
         try:
@@ -152,7 +153,7 @@ class Prefetcher:
     def forget(self) -> None:
         """What is in the shadow, or what kept it from being read, no longer counts. Raises OutOfOrder: one is read."""
         self._give_up()
-        self._request = None
+        self._forgotten = True
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -168,7 +169,7 @@ class Prefetcher:
         try:
             yield
         finally:
-            if waiting and before is not None and not self._ending:
+            if waiting and before is not None and not self._forgotten and not self._ending:
                 self._start(_Request(before.which, before.deadline), None)
 
     def _give_up(self) -> _Request | None:
