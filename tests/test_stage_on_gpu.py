@@ -106,6 +106,24 @@ def test_neither_put_nor_commit_nor_fence_waits_for_the_gpu(own_daemon: RunningD
     assert all(not tensor.any() for tensor in tensors.values())
 
 
+def test_what_several_streams_compute_is_waited_for_on_each_of_them(own_daemon: RunningDaemon, stage: Stage) -> None:
+    tensors, new = weights(0), weights(1)
+    stage.declare(tensors)
+    put_all(stage, 1, tensors)
+    stage.commit().wait()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    stage.begin(2)
+    for number, (name, tensor) in enumerate(tensors.items()):
+        with torch.cuda.stream(streams[number % len(streams)]):
+            if number < len(streams):
+                torch.cuda._sleep(LONG_CYCLES)
+            tensor.copy_(new[name])
+            stage.put(name, tensor)
+    stage.commit().wait()
+    check(own_daemon, stage, new)
+
+
 def test_without_the_fence_the_same_check_finds_new_values(own_daemon: RunningDaemon, stage: Stage) -> None:
     tensors = weights(0)
     stage.declare(tensors)

@@ -51,14 +51,14 @@ class CudaQueue:
 
     def __init__(self, stream: torch.cuda.Stream, seams: Sequence[int] = ()) -> None:
         self._stream = stream
-        self._handle = stream.cuda_stream
+        self.handle: Final = int(stream.cuda_stream)
         self._seams = seams
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CudaQueue) and other._stream == self._stream
 
     def __hash__(self) -> int:
-        return hash(self._handle)
+        return hash(self.handle)
 
     def mark(self) -> CudaMark:
         """Record an event."""
@@ -83,10 +83,10 @@ class CudaQueue:
         for part in split(copy, slot, self._seams):
             target, source = slot + part.target, scratch + part.source
             if part.height == 1:
-                _check(runtime.cudaMemcpyAsync(target, source, part.width, _TO_HOST, self._handle), part)
+                _check(runtime.cudaMemcpyAsync(target, source, part.width, _TO_HOST, self.handle), part)
             else:
                 where = target, part.target_pitch, source, part.source_pitch
-                _check(runtime.cudaMemcpy2DAsync(*where, part.width, part.height, _TO_HOST, self._handle), part)
+                _check(runtime.cudaMemcpy2DAsync(*where, part.width, part.height, _TO_HOST, self.handle), part)
 
 
 def _check(answer: tuple[runtime.cudaError_t], copy: Copy) -> None:
@@ -111,6 +111,7 @@ class CudaDevice:
         self._stream = torch.cuda.Stream(device)
         self._casting = CudaQueue(self._stream)
         self._copying = CudaQueue(torch.cuda.Stream(device), seams)
+        self._seen = self._casting
 
     @property
     def casting(self) -> CudaQueue:
@@ -129,8 +130,14 @@ class CudaDevice:
             yield
 
     def current(self) -> CudaQueue:
-        """The calling thread's current stream on this GPU."""
-        return CudaQueue(torch.cuda.current_stream(self._device))
+        """The calling thread's current stream on this GPU.
+
+        A trainer asks for every shard that it puts, and torch would make an object each time.
+        """
+        handle, seen = torch._C._cuda_getCurrentRawStream(self._device.index), self._seen
+        if handle != seen.handle:
+            seen = self._seen = CudaQueue(torch.cuda.current_stream(self._device))
+        return seen
 
     def memory(self, size: int) -> torch.Tensor:
         """From torch's allocator, so that it shows in torch's figures; of the casting stream, which uses it first."""
