@@ -34,10 +34,13 @@ from benchmarks.compare.measured import Ceilings, Measured, Memory, Survival, Tr
 from benchmarks.compare.run import Plan
 from benchmarks.compare.systems import SYSTEMS
 from benchmarks.compare.systems.nccl import broadcast_sizes
+from benchmarks.compare.systems.stagingd_beside import staged_bytes
 from benchmarks.compare.systems.torch_save import TorchSave
 from benchmarks.compare.table import BEGIN, END, markdown, put_into, reports
 from benchmarks.host_case import BenchmarkFailed
+from benchmarks.scale_groups import quantization
 from stagingd.boxes import whole
+from stagingd.formats import StageFormat
 
 CASE = Case("debug", LAYOUTS["two"], "bfloat16")
 LARGER = Case("debug-8-layers", LAYOUTS["two"], "bfloat16")
@@ -137,6 +140,19 @@ def test_what_an_engine_reads_is_the_model_once_and_vectors_on_every_rank() -> N
     vectors = 2 * sum(math.prod(shape) for shape in four.shapes.values() if len(shape) == 1)
     assert four.read_bytes == four.bytes + vectors
     assert CASE.read_bytes == CASE.bytes
+
+
+@pytest.mark.parametrize("layout", ["two", "four"])
+@pytest.mark.parametrize("mode", list(StageFormat))
+def test_where_trainers_quantize_linear_layers_are_half_of_their_bytes_both_ways(layout: str, mode: str) -> None:
+    case = Case("8B", LAYOUTS[layout], mode)
+    found = staged_bytes(case, quantization(StageFormat(mode), case.shapes, "cuda"))
+    linear = {n: 2 * math.prod(s) for n, s in case.shapes.items() if n.endswith("_proj.weight")}
+    assert sum(found.values()) == case.bytes - sum(linear.values()) // 2
+    assert staged_bytes(case, None) == {n: 2 * math.prod(s) for n, s in case.shapes.items()}
+    whole_bf16, halves = (SYSTEMS[name].traffic(case).pcie for name in ("stagingd", "stagingd-quantized"))
+    assert whole_bf16 == case.bytes + case.read_bytes
+    assert halves == whole_bf16 - sum(linear.values())
 
 
 @pytest.mark.parametrize("model", ["debug", "8B", "30B-A3B"])
@@ -253,6 +269,7 @@ def test_a_system_that_cannot_run_is_told_of_and_nothing_is_started(monkeypatch:
     assert found["nccl-packed"].not_run == "NCCL takes GPUs"
     assert found["cuda-ipc"].not_run == "CUDA IPC takes a GPU"
     assert str(found["torchstore"].not_run).startswith("torchstore")
+    assert SYSTEMS["stagingd-quantized"].supports(CASE) == "trainers do not quantize for bfloat16"
     by_blocks = dataclasses.replace(CASE, mode="fp8_per_block")
     assert "layerwise reload fails" in str(apart(SYSTEMS["torch-save"], by_blocks, PLAN, 0, 1.0).not_run)
 

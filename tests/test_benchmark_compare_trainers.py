@@ -15,9 +15,15 @@ from comparing import die, fail, tell
 from benchmarks.compare.case import LAYOUTS, Case
 from benchmarks.compare.engines import KNOWN_GAPS, Load, first_token
 from benchmarks.compare.fleet import fleet
+from benchmarks.compare.systems.stagingd_beside import flush, staged_bytes
 from benchmarks.compare.trainer import parts
 from benchmarks.host_case import BenchmarkFailed
 from benchmarks.read_model import SIZES
+from benchmarks.scale_groups import quantization
+from benchmarks.staged import served
+from stagingd import wire
+from stagingd.connection import Connection
+from stagingd.formats import StageFormat
 
 CASE = Case("debug", LAYOUTS["four"], "bfloat16")
 
@@ -46,6 +52,28 @@ def test_several_ranks_gather_each_version_and_hand_over_every_tensor_once() -> 
     for version, rank, sums, part in asked:
         assert sums == {name: float(tensor.double().sum()) for name, tensor in SIZES["debug"].tensors(version, "cpu")}
         assert set(part) == parts(CASE)[rank]
+
+
+@pytest.mark.parametrize("stage_format", [None, StageFormat.FP8_PER_TENSOR])
+def test_several_ranks_stage_every_version_in_half_of_the_memory_where_they_quantize(
+    stage_format: StageFormat | None,
+) -> None:
+    made = quantization(stage_format, CASE.shapes, "cpu")
+
+    async def run() -> wire.StageStatus:
+        with served() as stages:
+            async with fleet(CASE, flush, {"socket": stages.socket, "quantization": made}) as trainers:
+                await trainers.ready()
+                for _ in range(2):
+                    await trainers.prepare()
+                    await trainers.send()
+                    await trainers.settled()
+                with Connection(stages.socket, name="tests") as connection:
+                    return connection.request(wire.Status(), wire.StatusReport).stages[0]
+
+    found, size = asyncio.run(run()), 2 * sum(staged_bytes(CASE, made).values())
+    assert found.sealed_versions == 2
+    assert size < found.segment_bytes < size + CASE.bytes
 
 
 @pytest.mark.parametrize(("make", "words"), [(die, "ended. Its own"), (fail, "ended: RuntimeError: no such device")])

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from stagingd_client import LocalShard
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -210,6 +211,19 @@ class Rank:
                     local, self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
                 )
             yield name, local
+
+    def module(self) -> nn.Module:
+        """What a trainer would give whoever takes modules: each tensor as a parameter, in the place of its name."""
+        whole = nn.Module()
+        for name, tensor in self.sharded():
+            *path, last = name.split(".")
+            owner = whole
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = owner.get_submodule(part)
+            owner.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+        return whole
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor whole in bf16. Of several ranks all have to go through, and each gets all."""

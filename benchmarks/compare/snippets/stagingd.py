@@ -1,9 +1,13 @@
 # Copyright 2026 The stagingd authors
 # SPDX-License-Identifier: Apache-2.0
-"""stagingd: what a user writes, beside ``stagingd serve``."""
+"""stagingd: what a user writes, beside ``stagingd serve``.
+
+Where trainers quantize, ``python -m stagingd_vllm.plan_command --quantization-file`` has written what.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +15,11 @@ from stagingd_client import Stage
 from stagingd_vllm.follower import Follower
 
 
-def trainer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, train: Any) -> None:
-    """In every rank."""
-    with Stage.open("policy") as stage:
+def trainer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, train: Any, quantization: Path | None
+) -> None:
+    """In every rank; ``quantization`` is that file, where trainers quantize."""
+    with Stage.open("policy", quantization=quantization) as stage:
         stage.fence_before(optimizer)
         for step in range(1, steps + 1):
             train(model)

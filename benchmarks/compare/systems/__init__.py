@@ -15,10 +15,13 @@ from benchmarks.compare.systems.stagingd_beside import StagingdBeside
 from benchmarks.compare.systems.torch_save import TorchSave
 from benchmarks.compare.systems.torchstore import TorchStore
 
+BESIDE: Final = "prefetched as it lands beside generation, swapped in between two steps"
+
 SYSTEMS: Final[dict[str, System]] = {
     system.name: system
     for system in (
-        StagingdBeside(),
+        StagingdBeside("stagingd", f"bf16 stage, {BESIDE}", quantized=False),
+        StagingdBeside("stagingd-quantized", f"quantized by the trainers, {BESIDE}", quantized=True),
         Nccl("nccl-packed", "vLLM's own transfer, packed, two packs of 1 GiB", packed=True),
         Nccl("nccl-per-tensor", "vLLM's own transfer, a broadcast for each tensor", packed=False),
         CudaIpc("cuda-ipc", "vLLM's own transfer, handles of all tensors at once", packed=False),
