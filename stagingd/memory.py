@@ -9,19 +9,37 @@ import mmap
 import os
 import resource
 from pathlib import Path
+from typing import Final
 
 import psutil
 
 from stagingd.errors import NotEnoughMemory
+from stagingd.machine.cgroups import read_groups, tightest_limit
+from stagingd.machine.files import Files
+from stagingd.machine.mounts import read_mounts
+
+MACHINE: Final = Files()
 
 
-def check_room(stage: str, size: int, shared_memory: Path, *, lock: bool) -> None:
-    """Refuse a segment that cannot be had, before anything is allocated. Raises NotEnoughMemory."""
+def check_room(stage: str, size: int, shared_memory: Path, *, lock: bool, files: Files = MACHINE) -> None:
+    """Refuse a segment that cannot be had, before anything is allocated. Raises NotEnoughMemory.
+
+    Args:
+        stage: whose it is.
+        size: in bytes.
+        shared_memory: the file system that it would be in.
+        lock: whether it would be locked.
+        files: what the kernel says of this process.
+    """
     shm = os.statvfs(shared_memory)
     limits = {
         "free in /dev/shm": (shm.f_bavail * shm.f_frsize, "enlarge /dev/shm (in a container: --shm-size)"),
         "of available memory": (psutil.virtual_memory().available, "use a machine with more memory"),
     }
+    group = tightest_limit(files, read_mounts(files), read_groups(files))
+    if group is not None:  # shared memory counts to who makes it, and the kernel kills whoever exceeds its limit
+        remedy = "raise the memory limit of the container or unit (stagingd doctor says how)"
+        limits[f"left of the {gib(group.limit)} of {group.file}"] = (group.room, remedy)
     if lock and (lockable := _lockable_bytes()) is not None:
         remedy = "raise the memory-locking limit (ulimit -l, LimitMEMLOCK=), or set STAGINGD_LOCK_MEMORY=false"
         limits["may be locked"] = (lockable, remedy)

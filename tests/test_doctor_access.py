@@ -20,12 +20,12 @@ from stagingd.config import Settings
 from stagingd.connection import Connection
 from stagingd.doctor.access import Access, judge_folder, judge_group, read_access
 from stagingd.doctor.answer import Answer, State, ask, judge_answer
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level
-from stagingd.doctor.mounts import read_mounts
 from stagingd.doctor.process import judge_descriptors, judge_namespace
 from stagingd.doctor.shared import Shared, judge_segments, judge_served, judge_shared, read_shared
 from stagingd.doctor.subject import read_subject
+from stagingd.machine.files import Files
+from stagingd.machine.mounts import read_mounts
 
 STRANGER = 65534
 

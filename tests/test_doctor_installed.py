@@ -13,9 +13,9 @@ import pytest
 from machines import machine
 from stagingd_vllm.versions import Standing, standing
 
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level
 from stagingd.doctor.installed import PYTHON_RUN, TITAN, TORCH, VLLM, Installed, judge_installed, read_installed
+from stagingd.machine.files import Files
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
 

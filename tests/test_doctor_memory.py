@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from machines import GIB, machine, memory, mounts, process, shared_pages
 
 from stagingd import memory as daemon_memory
-from stagingd.doctor.cgroups import GroupLimit, tightest_limit
-from stagingd.doctor.files import Files, numbers
 from stagingd.doctor.finding import Finding, Level
 from stagingd.doctor.locking import judge_locking
-from stagingd.doctor.mounts import read_mounts
 from stagingd.doctor.pages import judge_huge_pages, judge_swap, read_pages
 from stagingd.doctor.room import Room, SharedMemory, judge_group_limit, judge_room, read_room
 from stagingd.doctor.subject import Place, Subject, read_subject
 from stagingd.doctor.wanted import Wanted, largest_version, size_text
+from stagingd.machine.cgroups import GroupLimit, tightest_limit
+from stagingd.machine.files import Files, numbers
+from stagingd.machine.mounts import read_mounts
 
 IPC_LOCK = 1 << 14
 WANTED = Wanted.of(16.0, None)
@@ -194,7 +194,7 @@ V1 = "35 31 0:32 {root} /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory"
 
 
 def group(folder: str, limit: str, used: int, cached: int = 0) -> dict[str, str]:
-    stat = f"anon 1\ninactive_file {cached}\nactive_file 7"
+    stat = f"anon 1\nshmem 9\ninactive_file {cached // 4}\nactive_file {cached - cached // 4}"
     return {f"{folder}/memory.max": limit, f"{folder}/memory.current": str(used), f"{folder}/memory.stat": stat}
 
 
@@ -216,7 +216,7 @@ def test_groups_without_a_limit_are_none(tmp_path: Path) -> None:
 
 
 def test_a_container_sees_its_own_group_as_the_root_of_the_older_hierarchy(tmp_path: Path) -> None:
-    files = {"limit_in_bytes": 8 * GIB, "usage_in_bytes": 6 * GIB, "stat": f"total_inactive_file {GIB}"}
+    files = {"limit_in_bytes": 8 * GIB, "usage_in_bytes": 6 * GIB, "stat": f"active_file 5\ntotal_active_file {GIB}"}
     tree = {f"sys/fs/cgroup/memory/memory.{name}": str(text) for name, text in files.items()}
     found = limited(tmp_path, "9:cpuset,memory:/docker/0a\n0::/", V1.format(root="/docker/0a"), tree)
     assert found is not None

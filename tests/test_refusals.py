@@ -17,6 +17,7 @@ import pytest
 import torch
 import zmq
 from daemons import RunningDaemon
+from machines import machine
 from stagingd_client import LocalShard, Publication, Stage
 from stagingd_vllm import Reader
 
@@ -278,6 +279,18 @@ def test_a_segment_too_large_for_the_memory(daemon: RunningDaemon, stage_name: s
         connection.request(request, wire.Declared, timeout_s=5.0)
     assert_says(caught.value, stage_name, "4096.002 GiB", "/dev/shm")
     assert (daemon.picture(), daemon.segments()) == (before, segments)
+
+
+def test_a_control_group_whose_limit_is_too_low_is_named_before_the_kernel_kills_for_it(tmp_path: Path) -> None:
+    folder, mib = "sys/fs/cgroup/pod", 2**20
+    group = {f"{folder}/memory.max": str(10 * mib), f"{folder}/memory.current": str(8 * mib)}
+    cached = {f"{folder}/memory.stat": f"shmem {7 * mib}\nactive_file {mib}"}
+    mount = {"proc/self/mountinfo": "36 25 0:31 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw"}
+    files = machine(tmp_path, {"proc/self/cgroup": "0::/pod"}, mount, group, cached)
+    memory.check_room("policy", 3 * mib, segment.SHARED_MEMORY, lock=False, files=files)
+    with pytest.raises(NotEnoughMemory) as caught:
+        memory.check_room("policy", 4 * mib, segment.SHARED_MEMORY, lock=False, files=files)
+    assert_says(caught.value, "policy", "0.004 GiB", "0.003 GiB left of the 0.010 GiB", "/sys/fs/cgroup/pod/memory.max")
 
 
 def test_a_locking_limit_that_is_too_low_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

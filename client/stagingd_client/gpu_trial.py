@@ -13,9 +13,9 @@ import torch
 from cuda.bindings import runtime
 
 from stagingd import pinning
-from stagingd.doctor.files import Files
 from stagingd.doctor.gpu_report import GpuTrial, Registration
 from stagingd.doctor.pci import Link, read_link
+from stagingd.machine.files import Files
 from stagingd_client.trial_memory import LEAST_BYTES, TrialMemory, measure
 
 _WRITTEN: Final = runtime.cudaHostRegisterPortable

@@ -9,14 +9,11 @@ from collections.abc import Callable
 from stagingd.config import Settings
 from stagingd.doctor.access import Access, judge_folder, judge_group, read_access
 from stagingd.doctor.answer import Answer, State, ask, judge_answer
-from stagingd.doctor.cgroups import tightest_limit
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, Report, ok
 from stagingd.doctor.gpu_process import GpuCheckFailed, torch_is_installed, try_gpus
 from stagingd.doctor.gpus import judge_failure, judge_gpus, judge_untried
 from stagingd.doctor.installed import judge_installed, read_installed
 from stagingd.doctor.locking import judge_locking
-from stagingd.doctor.mounts import read_mounts
 from stagingd.doctor.numa import judge_numa, read_nodes
 from stagingd.doctor.pages import judge_huge_pages, judge_swap, read_pages
 from stagingd.doctor.pci import PciGpu, read_gpus
@@ -25,6 +22,9 @@ from stagingd.doctor.room import judge_group_limit, judge_room, read_room
 from stagingd.doctor.shared import judge_segments, judge_served, judge_shared, read_shared
 from stagingd.doctor.subject import Subject, read_subject
 from stagingd.doctor.wanted import Wanted, size_text
+from stagingd.machine.cgroups import tightest_limit
+from stagingd.machine.files import Files
+from stagingd.machine.mounts import read_mounts
 
 Say = Callable[[str], None]
 """Told what is being looked at."""

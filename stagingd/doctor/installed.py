@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Final
 
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
+from stagingd.machine.files import Files
 from stagingd.record import Record
 
 Numbers = tuple[int, ...]

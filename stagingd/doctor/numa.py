@@ -7,10 +7,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from stagingd.doctor.files import Files, numbers
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
 from stagingd.doctor.pci import PciGpu
 from stagingd.doctor.subject import Place, Subject
+from stagingd.machine.files import Files, numbers
 from stagingd.record import Record
 
 CHECK = "NUMA nodes"

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
-from stagingd.doctor.mounts import Mount, mounted_at
 from stagingd.doctor.room import read_meminfo
 from stagingd.doctor.wanted import Wanted, size_text
+from stagingd.machine.files import Files
+from stagingd.machine.mounts import Mount, mounted_at
 from stagingd.record import Record
 
 HUGE, SWAP = "huge pages", "swap"

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from stagingd.doctor.files import Files
+from stagingd.machine.files import Files
 from stagingd.record import Record
 
 DEVICES: Final = "sys/bus/pci/devices"

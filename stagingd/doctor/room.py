@@ -7,11 +7,11 @@ from __future__ import annotations
 import math
 import os
 
-from stagingd.doctor.cgroups import GroupLimit
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
 from stagingd.doctor.subject import Place, Subject
 from stagingd.doctor.wanted import Wanted, largest_version, size_text
+from stagingd.machine.cgroups import GroupLimit
+from stagingd.machine.files import Files
 from stagingd.record import Record
 
 MEMORY, SHARED, GROUP = "room in memory", "room in /dev/shm", "memory limit"
@@ -143,7 +143,7 @@ def judge_group_limit(group: GroupLimit | None, subject: Subject, wanted: Wanted
         check=GROUP,
         level=Level.ERROR,
         found=f"{of}, which is room for two of {_largest(group.room)}; {wanted}",
-        costs="the kernel kills a process of the group while the stage is made: shared memory counts to who makes it",
+        costs="the daemon refuses the stage when trainers declare it: shared memory counts to who makes it",
         remedies=_raise_group(group, subject, wanted),
     )
 

@@ -11,10 +11,10 @@ from typing import Final
 from stagingd.config import Settings
 from stagingd.doctor.access import Entry, read_entry
 from stagingd.doctor.answer import Answer
-from stagingd.doctor.files import Files
 from stagingd.doctor.finding import Finding, Level, Remedy, ok
-from stagingd.doctor.mounts import Mount, mounted_at
 from stagingd.doctor.wanted import size_text
+from stagingd.machine.files import Files
+from stagingd.machine.mounts import Mount, mounted_at
 from stagingd.record import Record
 
 FOLDER, SEGMENTS = "/dev/shm", "segments"

@@ -10,7 +10,8 @@ import pwd
 import re
 from typing import Final
 
-from stagingd.doctor.files import Files, numbers
+from stagingd.machine.cgroups import read_groups
+from stagingd.machine.files import Files, numbers
 from stagingd.memory import may_lock_anything
 from stagingd.record import Record
 
@@ -82,7 +83,7 @@ def read_subject(files: Files, serving: int | None) -> Subject:
     serving = serving if files.exists(f"proc/{serving}/limits") else None
     folder = f"proc/{serving or 'self'}"
     soft, hard = _limit(files, folder, "Max locked memory")
-    groups = _groups(files, folder)
+    groups = read_groups(files, folder)
     unit = _unit(groups)
     status = dict(line.split(":", 1) for line in files.lines(f"{folder}/status") if ":" in line)
     return Subject(
@@ -117,15 +118,6 @@ def _limit(files: Files, folder: str, name: str) -> tuple[int | None, int | None
         return None, None
     soft, hard = (None if value == "unlimited" else int(value) for value in found.groups())
     return soft, hard
-
-
-def _groups(files: Files, folder: str) -> dict[str, str]:
-    """See proc_pid_cgroup(5): a line has the hierarchy's number, its controllers, and the path in it."""
-    found: dict[str, str] = {}
-    for line in files.lines(f"{folder}/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        found |= dict.fromkeys(controllers.split(","), path)
-    return found
 
 
 def _unit(groups: dict[str, str]) -> str | None:

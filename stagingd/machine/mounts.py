@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from stagingd.doctor.files import Files
+from stagingd.machine.files import Files
 from stagingd.record import Record
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Final
 
-from stagingd.doctor.files import Files
-from stagingd.doctor.mounts import Mount
+from stagingd.machine.files import Files
+from stagingd.machine.mounts import Mount
 from stagingd.record import Record
 
 _NO_LIMIT: Final = 2**62
@@ -26,7 +26,7 @@ class GroupLimit(Record):
         file: where the limit is set.
         limit: most that it may use.
         used: what it uses.
-        reclaimable: how much of that are cached files which the kernel gives up.
+        reclaimable: how much of that are cached files, which the kernel gives up first.
     """
 
     file: str
@@ -38,6 +38,18 @@ class GroupLimit(Record):
     def room(self) -> int:
         """What is left."""
         return max(0, self.limit - self.used + self.reclaimable)
+
+
+def read_groups(files: Files, process: str = "proc/self") -> dict[str, str]:
+    """A process's group by controller, see proc_pid_cgroup(5).
+
+    A line has the hierarchy's number, its controllers, and the path in it; version 2 names no controllers.
+    """
+    found: dict[str, str] = {}
+    for line in files.lines(f"{process}/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        found |= dict.fromkeys(controllers.split(","), path)
+    return found
 
 
 def tightest_limit(files: Files, mounts: list[Mount], groups: dict[str, str]) -> GroupLimit | None:
@@ -54,16 +66,16 @@ def tightest_limit(files: Files, mounts: list[Mount], groups: dict[str, str]) ->
 
 def _limits(files: Files, mount: Mount, groups: dict[str, str]) -> Iterator[GroupLimit]:
     if mount.kind == "cgroup2":
-        names, path = ("memory.max", "memory.current", "inactive_file"), groups.get("")
+        names, path, prefix = ("memory.max", "memory.current"), groups.get(""), ""
     elif mount.kind == "cgroup" and "memory" in mount.options:
-        names, path = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), groups.get("memory")
+        names, path, prefix = ("memory.limit_in_bytes", "memory.usage_in_bytes"), groups.get("memory"), "total_"
     else:
         return
     for folder in _upwards(mount, path or "/"):
         limit = files.number(f"{folder}/{names[0]}")
         used = files.number(f"{folder}/{names[1]}")
         if limit is not None and used is not None and limit < _NO_LIMIT:
-            cached = _cached(files, folder, names[2])
+            cached = _cached(files, folder, prefix)
             yield GroupLimit(file=f"/{folder}/{names[0]}", limit=limit, used=used, reclaimable=cached)
 
 
@@ -76,6 +88,8 @@ def _upwards(mount: Mount, path: str) -> Iterator[str]:
         yield str(point / part)
 
 
-def _cached(files: Files, folder: str, name: str) -> int:
+def _cached(files: Files, folder: str, prefix: str) -> int:
+    """Of files on disk; shared memory, which nothing gives up, is not among them."""
+    wanted = {f"{prefix}inactive_file", f"{prefix}active_file"}
     lines = (line.split() for line in files.lines(f"{folder}/memory.stat"))
-    return next((int(value) for key, value in lines if key == name), 0)
+    return sum(int(value) for key, value in lines if key in wanted)
