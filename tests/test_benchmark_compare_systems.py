@@ -18,10 +18,11 @@ from benchmarks.compare.case import LAYOUTS, Case
 from benchmarks.compare.measured import Ceilings, Measured, Survival, Update, Wire
 from benchmarks.compare.run import killed
 from benchmarks.compare.systems.checkpoint_engine import Served
-from benchmarks.compare.systems.cuda_ipc import Export, Imported
+from benchmarks.compare.systems.cuda_ipc import Export, Imported, Part, loaded
 from benchmarks.compare.systems.dcp import Checkpointed, staged_once
 from benchmarks.compare.systems.nccl import Received
 from benchmarks.compare.systems.torch_save import Saved
+from benchmarks.host_case import BenchmarkFailed
 
 pytest.importorskip("vllm")
 
@@ -35,7 +36,7 @@ class Engine:
     def __init__(self, said: list[str], answers: list[dict[str, Any]] | None = None, fails: str | None = None) -> None:
         self.said, self.answers, self.fails = said, answers or [{}], fails
         self.told: dict[str, Any] = {}
-        self.engine_core = self
+        self.engine_core, self.errored = self, False
 
     def __getattr__(self, name: str) -> Any:
         async def ask(*args: Any, **options: Any) -> None:
@@ -108,6 +109,19 @@ def test_an_engine_that_fails_in_the_middle_ends_the_update_though_trainers_are_
         run(received.deliver())
 
 
+def test_trainers_that_fail_end_the_update_though_the_engine_waits_for_them() -> None:
+    class Failing(Fleet):
+        async def send(self) -> float:
+            raise RuntimeError("out of memory")
+
+    class Waiting(Engine):
+        async def update_weights(self, _: Any) -> None:
+            await asyncio.Event().wait()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(Received(Failing([]), Waiting([]), CASE, packed=True).deliver())  # type: ignore[arg-type]
+
+
 def test_nccls_wire_is_the_slower_side_and_checkpoints_are_reckoned() -> None:
     engine = Engine([], [{"seconds": 0.1}, {"seconds": 0.2}])
     received = Received(Fleet([]), engine, CASE, packed=True)  # type: ignore[arg-type]
@@ -123,6 +137,21 @@ def test_ipc_sends_between_start_and_finish() -> None:
     said: list[str] = []
     assert run(Imported(Fleet(said), Engine(said)).deliver()) == 0.25  # type: ignore[arg-type]
     assert said == [*STANDS[:2], "send", "sent", "finish_weight_update", "resume_scheduler_async"]
+
+
+def test_a_trainer_of_ipc_is_free_once_the_engine_has_died_and_the_update_is_none() -> None:
+    class Dying(Engine):
+        async def update_weights(self, _: Any) -> None:
+            self.errored = True
+            await asyncio.Event().wait()
+
+    engine, said = Dying([]), list[str]()
+    run(loaded(engine, Part({"names": []})))
+    with pytest.raises(BenchmarkFailed, match="the engine has ended"):
+        run(Imported(Fleet(said), engine).deliver())  # type: ignore[arg-type]
+    assert "sent" in said
+    with pytest.raises(RuntimeError, match="update_weights failed"):
+        run(loaded(Engine([], fails="update_weights"), Part({"names": []})))
 
 
 def test_ipc_handles_travel_as_vllm_packs_them_itself() -> None:

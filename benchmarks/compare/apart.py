@@ -27,6 +27,8 @@ from stagingd.segment import SHARED_MEMORY
 
 ROOT = Path(__file__).parents[2]
 DEVICES = "CUDA_VISIBLE_DEVICES"
+UNPOISONED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""Else torch begins to use GPUs when it is asked for their number, and the engine, which vLLM forks, could not."""
 
 
 def apart(system: System, case: Case, plan: Plan, gpus: int, deadline_s: float) -> Measured:
@@ -48,7 +50,7 @@ def apart(system: System, case: Case, plan: Plan, gpus: int, deadline_s: float) 
             str(value) for value in (case.model, case.layout.name, case.mode, system.name, *asdict(plan).values())
         ]
         command = [sys.executable, "-m", "benchmarks.compare", "one", *settings, str(answer)]
-        surroundings = os.environ | system.environment() | visible(case.layout.gpus, gpus, os.environ)
+        surroundings = os.environ | UNPOISONED | system.environment() | visible(case.layout.gpus, gpus, os.environ)
         process = subprocess.Popen(command, env=surroundings, cwd=ROOT, start_new_session=True)
         try:
             status: int | None = process.wait(deadline_s)

@@ -64,6 +64,7 @@ class Fleet:
     async def prepare(self) -> int:
         """Have them make the weights of one more version, which it gives."""
         await self.settled()
+        self.done_at = None
         self.newest += 1
         self._tell(Order.PREPARE)
         await self._answers(type(None))

@@ -246,8 +246,8 @@ class Rank:
 
     def barrier(self) -> None:
         """Wait for the other ranks."""
-        if self.mesh is not None:
-            dist.barrier()
+        if self.mesh is not None:  # on its own device: torch would take one by its rank, which is the engine's
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def answer(self, what: Any) -> None:
         """Tell whoever measures."""

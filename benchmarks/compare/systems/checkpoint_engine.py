@@ -18,6 +18,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from stagingd_vllm.answers import checked
 
 from benchmarks.compare.case import Case
@@ -75,20 +76,26 @@ class Serve(UsualSender):
 
 @contextmanager
 def serve(rank: Rank) -> Iterator[Serve]:
-    """Start a rank's server. It uses the trainers' own group where they have one: there is but one in a process."""
+    """Start a rank's server.
+
+    It uses the trainers' own group where they have one: there is but one in a process. A group of its own stays, too,
+    where it would by default be made anew for every version.
+    """
     ranks = rank.case.layout.trainers
     os.environ |= {"RANK": str(rank.post.rank), "WORLD_SIZE": str(ranks)}  # rank 0 is not taken as an argument
-    from checkpoint_engine.ps import ParameterServer  # noqa: PLC0415 - only where it is installed
+    from checkpoint_engine import ps  # noqa: PLC0415 - only where it is installed
 
-    server = ParameterServer(
-        rank=rank.post.rank,
-        world_size=ranks,
-        auto_pg=ranks == 1,
-        master_addr=LOCAL,
-        master_port=rank.post.arguments["port"],
-    )
+    ps.get_ip = lambda: LOCAL  # on a host without a route it finds no address of its own
+    place = {"master_addr": LOCAL, "master_port": rank.post.arguments["port"]}
+    server = ps.ParameterServer(rank=rank.post.rank, world_size=ranks, auto_pg=False, **place)
+    if ranks == 1:
+        server.init_process_group()
     torch.cuda.set_device(rank.device)  # the server has chosen the worker's
-    yield Serve(rank, server)
+    try:
+        yield Serve(rank, server)
+    finally:
+        if ranks == 1:
+            dist.destroy_process_group()
 
 
 @dataclass
@@ -153,4 +160,5 @@ class CheckpointEngine(Usual):
 
         async with fleet(stand.case, serve, {"port": free_port()}, take) as trainers:
             await trainers.ready()
+            checked(await stand.llm.collective_rpc("compare_import_buckets"))
             yield Served(trainers, stand.case)

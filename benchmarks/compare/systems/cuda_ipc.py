@@ -27,7 +27,11 @@ from benchmarks.compare.system import Running, Stand, Usual, UsualRunning
 from benchmarks.compare.systems.nccl import not_026
 from benchmarks.compare.systems.torch_save import not_reloaded
 from benchmarks.compare.trainer import Rank, UsualSender
+from benchmarks.host_case import BenchmarkFailed
 from benchmarks.nccl import UPDATE_S
+
+ERRED_S = 0.05
+"""How often an engine that is loading is asked whether it has died, in seconds: what it was asked is never answered."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,6 @@ class Export(UsualSender):
 
     def send(self, version: int) -> None:
         """Returns once the worker has loaded all: until then it reads the trainer's memory."""
-        without_ray()
         from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine  # noqa: PLC0415 - seconds
 
         self._rank.synchronize()
@@ -76,6 +79,9 @@ class Export(UsualSender):
 @contextmanager
 def export(rank: Rank) -> Iterator[Export]:
     """Nothing to join."""
+    without_ray()
+    from vllm.distributed.weight_transfer import ipc_engine  # noqa: F401, PLC0415 - seconds, before anything is timed
+
     yield Export(rank)
 
 
@@ -90,6 +96,8 @@ class Imported(UsualRunning):
         async with standing(self.llm):
             await self.llm.start_weight_update()
             blocked = await self.fleet.send()
+            if self.llm.errored:
+                raise BenchmarkFailed("the engine has ended", remedy="its own words are above")
             await self.llm.finish_weight_update()
         return blocked
 
@@ -97,6 +105,19 @@ class Imported(UsualRunning):
         """Inside the device."""
         seconds = await self.fleet.wire()
         return None if seconds is None else Wire(seconds, "measured: a copy of all tensors inside the device")
+
+
+async def loaded(llm: Any, part: Part) -> None:
+    """Returns once the engine has loaded a part, or has died: so a server answers, and then the trainer is free."""
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # noqa: PLC0415 - takes seconds
+
+    call = asyncio.create_task(llm.update_weights(WeightTransferUpdateRequest(update_info=part.update_info)))
+    while not call.done() and not llm.errored:
+        await asyncio.wait([call], timeout=ERRED_S)
+    if call.done():
+        call.result()
+    else:
+        call.cancel()
 
 
 @dataclass(frozen=True)
@@ -134,13 +155,10 @@ class CudaIpc(Usual):
     @asynccontextmanager
     async def running(self, stand: Stand) -> AsyncIterator[Running]:
         """The engine is asked for each part, in the trainer's place."""
-        from vllm.distributed.weight_transfer.base import (  # noqa: PLC0415 - takes seconds
-            WeightTransferInitRequest,
-            WeightTransferUpdateRequest,
-        )
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest  # noqa: PLC0415 - takes seconds
 
         async def update(part: Part) -> None:
-            await stand.llm.update_weights(WeightTransferUpdateRequest(update_info=part.update_info))
+            await loaded(stand.llm, part)
 
         async with fleet(stand.case, export, {"packed": self.packed}, update) as trainers:
             await trainers.ready()

@@ -42,18 +42,20 @@ class Staging(UsualSender):
 
     def send(self, version: int) -> None:
         """Returns as soon as staging has begun: an optimizer step has to wait for it, and other computing has not."""
-        if self._anew and self._staging is not None:
-            self._stager.close()
-            self._stager = stager(self._rank)
         staging = self._stager.stage(dict(self._rank.sharded()))
         if isinstance(staging, Future):
             self._staging = staging
 
     def settle(self) -> None:
         """Until all is in host memory."""
-        if self._staging is not None:
-            staged = self._staging.result(STAGED_S)
-            self._bytes = sum(_local(tensor).nbytes for tensor in staged.values())
+        if self._staging is None:
+            return
+        staged, self._staging = self._staging.result(STAGED_S), None
+        self._bytes = sum(_local(tensor).nbytes for tensor in staged.values())
+        if self._anew:
+            del staged  # its memory is given back here, and not while the next version is sent
+            self._stager.close()
+            self._stager = stager(self._rank)
 
     def host_bytes(self) -> int:
         """What is staged."""

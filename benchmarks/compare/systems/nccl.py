@@ -93,7 +93,16 @@ class Received(UsualRunning):
     packed: bool
 
     async def deliver(self) -> float:
-        """Trainers begin to gather while the engine is brought to a stand."""
+        """Trainers begin to gather while the engine is brought to a stand; whichever fails ends both."""
+        sending, receiving = asyncio.create_task(self.fleet.send()), asyncio.create_task(self._receive())
+        try:
+            blocked, _ = await asyncio.gather(sending, receiving)
+        finally:
+            sending.cancel()
+            receiving.cancel()
+        return blocked
+
+    async def _receive(self) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # noqa: PLC0415 - takes seconds
 
         shapes = self.case.shapes
@@ -103,15 +112,10 @@ class Received(UsualRunning):
             "shapes": [list(shape) for shape in shapes.values()],
             "packed": self.packed,
         }
-        sending = asyncio.create_task(self.fleet.send())
-        try:
-            async with standing(self.llm), asyncio.timeout(UPDATE_S):
-                await self.llm.start_weight_update()
-                await self.llm.update_weights(WeightTransferUpdateRequest(update_info=what))
-                await self.llm.finish_weight_update()
-            return await sending
-        finally:
-            sending.cancel()
+        async with standing(self.llm), asyncio.timeout(UPDATE_S):
+            await self.llm.start_weight_update()
+            await self.llm.update_weights(WeightTransferUpdateRequest(update_info=what))
+            await self.llm.finish_weight_update()
 
     async def wire(self, ceilings: Ceilings) -> Wire | None:
         """As many bytes in as many broadcasts, from memory that is there to memory that is there."""
