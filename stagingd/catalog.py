@@ -247,7 +247,8 @@ def build(
     Args:
         stage: the stage's name.
         declarations: per rank, its tensors. The order in which tensors first appear is their order in a slot; those
-            that trainers quantize come behind the others, which are flushed while the scales are worked out.
+            that trainers quantize come behind the others, which are flushed while the scales are worked out; those
+            without moments, such as counts, come last, as they are flushed last.
         grids: the grids to keep moments for.
         aliases_by_rank: per rank, further names of tensors.
         quantization: what trainers quantize, and how; nothing by default.
@@ -269,7 +270,7 @@ def build(
         _check_cover(first[name], holders[name], covers)
     parts = choose_owners(_held(first, holders))
     groups = {} if quantization is None else _groups(quantization, first, grids)
-    order.sort(key=groups.__contains__)
+    order.sort(key=lambda name: (first[name].dtype not in WITH_MOMENTS, name in groups))
     tensors, at = [], 0
     for name in order:
         dtype, shape, group = first[name].dtype, first[name].shape, groups.get(name)

@@ -252,7 +252,7 @@ class Disconnected(StagingError):
 
 
 class InternalError(StagingError):
-    """The daemon failed in a way that it did not foresee."""
+    """The daemon, or a worker that prefetches, failed in a way that it did not foresee."""
 
     code = "internal_error"
 

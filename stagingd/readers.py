@@ -134,8 +134,14 @@ class Readers:
             return wire.Done()
 
         def give_up(reason: str) -> None:
-            lease = self._buffer.end_lease(message.lease, reason)
-            if lease is not None:
+            lease = self._buffer.leases.get(message.lease)
+            if lease is None:
+                return
+            # This rank's alone: others of the engine may be reading what it does not want any more.
+            self._buffer.reader_gone(lease.engine, message.rank, reason)
+            if lease.id in self._buffer.leases:
+                self._history.released(lease.engine, message.rank, self._clock())
+            else:
                 self._lease_lost(lease, reason)
 
         return Question(poll, give_up)

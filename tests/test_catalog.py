@@ -242,6 +242,15 @@ def test_what_is_quantized_lies_behind_what_is_held_as_it_is() -> None:
     assert [tensor.offset for tensor in catalog.tensors] == sorted(tensor.offset for tensor in catalog.tensors)
 
 
+def test_what_has_no_moments_lies_last_as_it_is_flushed_last() -> None:
+    counts = TensorDeclaration(name="counts", dtype="int64", shape=(5,), boxes=(whole((5,)),))
+    tensors = [counts, *(declared(whole(SHAPE), name=name) for name in "ab")]
+    quantization = quantizing(StageFormat.FP8_PER_BLOCK, ("a",))
+    assert [tensor.name for tensor in build("policy", [tensors], ALL_GRIDS).tensors] == ["a", "b", "counts"]
+    catalog = build("policy", [tensors], ALL_GRIDS, quantization=quantization)
+    assert [tensor.name for tensor in catalog.tensors] == ["b", "a", "counts"]
+
+
 def test_the_grid_of_the_scales_has_to_be_kept() -> None:
     quantization = quantizing(StageFormat.FP8_PER_BLOCK, ("w",))
     with pytest.raises(CatalogMismatch, match="needs moments of grid 'block'"):

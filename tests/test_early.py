@@ -103,6 +103,35 @@ def test_what_a_device_tells_to_have_landed_is_there_with_its_moments(
         assert landings.times > 3, "it was told at the end"
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["integers first", "integers last"])
+def test_what_lands_last_keeps_nothing_else_from_being_told(first: bool) -> None:
+    counts = {"counts": torch.arange(30)}
+    shards = counts | many_shards(0) if first else many_shards(0) | counts
+    with staging(shards) as rank:
+        device = LazyDevice(random.Random(0))
+        landings = Landings(rank.made, 0)
+        flusher = DeviceFlusher(rank.made, rank.owned, device, landings, SMALL_SCRATCH)
+        landings.begin(1, 1)
+        flusher.flush(1, rank.puts(), [device.current().mark()])
+        flusher.wait_until_copied(time.monotonic() + DEADLINE_S)
+        assert landings._told == len(rank.catalog.owned_by(0)) - 1
+        finish(flusher)
+        assert landings._told == len(rank.catalog.owned_by(0))
+
+
+def test_scratch_memory_is_that_of_the_rank_in_however_many_parts_a_tensor_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = []
+    for size in (2**30, 2**18):
+        monkeypatch.setattr(owners, "LANDING_BYTES", size)
+        with staging({"w": torch.randn(8192, 4096, dtype=torch.bfloat16)}) as rank:
+            device = LazyDevice(random.Random(0))
+            flusher = DeviceFlusher(rank.made, rank.owned, device, Landings(rank.made, 0), 2**40)
+            limits.append((len(rank.catalog.owned), flusher._limit))
+    (one, first), (several, second) = limits
+    assert one == 1 < several
+    assert first == second == 2**23
+
+
 # What a shadow waits for
 
 
@@ -407,6 +436,39 @@ def test_whoever_has_read_early_and_waits_for_the_seal_is_told_who_is_missing(st
     put(staged.trainers[1], 1)
     staged.trainers[1].commit().wait()
     assert staged.slots()[0] == (SlotState.SEALED, 1)
+
+
+def test_a_rank_that_wants_no_more_of_it_takes_nothing_from_the_others(
+    staged: Staged, daemon: RunningDaemon, stage_name: str
+) -> None:
+    with ExitStack() as opened:
+        reading, leaving = (
+            opened.enter_context(Reader.attach(stage_name, engine="two", rank=rank, ranks=2, socket=daemon.socket))
+            for rank in range(2)
+        )
+        begun(staged, 1)
+        lease = reading.lease(early=True)
+        with pytest.raises(ValueError, match="not wanted"), leaving.lease(early=True):
+            raise ValueError("not wanted")
+        for stage in staged.trainers:
+            put(stage, 1)
+        for publication in [stage.commit() for stage in staged.trainers]:
+            publication.wait()
+        with leaving.lease() as again:  # and it may come back
+            assert again.read("a").equal(weights(1)["a"])
+        lease.release()
+        assert staged.daemon.stage(staged.name).leases == ()
+
+
+def test_whoever_leaves_waits_neither_for_boxes_nor_for_the_seal(staged: Staged) -> None:
+    begun(staged, 1)
+    lease = staged.reader.lease(early=True)
+    staged.reader.leave()
+    with pytest.raises(LeaseLost, match="its reader leaves"):
+        lease.await_boxes(staged.needs("a"))
+    with pytest.raises(LeaseLost, match="its reader leaves"):
+        lease.release()
+    assert staged.daemon.stage(staged.name).leases == ()
 
 
 def test_an_error_while_reading_early_waits_for_nobody(staged: Staged) -> None:

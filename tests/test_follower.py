@@ -12,7 +12,7 @@ from stagingd_vllm import follower
 from stagingd_vllm.follower import Follower
 
 from stagingd import wire
-from stagingd.errors import OutOfOrder
+from stagingd.errors import LeaseLost, OutOfOrder
 
 
 class Engine:
@@ -22,10 +22,10 @@ class Engine:
         raise AssertionError(f"it is asked {method}")
 
 
-def stage(*engines: str) -> wire.StageStatus:
-    """Leased by some engines."""
+def stage(*engines: str, reading: tuple[int, ...] = (0,)) -> wire.StageStatus:
+    """Leased by some engines, of which these ranks read."""
     leases = tuple(
-        wire.LeaseStatus.model_construct(lease=number, engine=engine, version=7)
+        wire.LeaseStatus.model_construct(lease=number, engine=engine, version=7, reading_ranks=reading)
         for number, engine in enumerate(engines)
     )
     return wire.StageStatus.model_construct(stage="policy", leases=leases, slots=())
@@ -52,6 +52,28 @@ def test_an_engine_is_not_asked_while_the_daemon_says_that_it_reads(monkeypatch:
 
     assert asyncio.run(run()) == 7
     assert len(looks) == 4
+
+
+def test_an_engine_is_asked_where_one_worker_was_refused_what_the_others_have_read() -> None:
+    """Its lease waits for a worker that will not come: nobody reads."""
+
+    class Refused(Engine):
+        async def collective_rpc(self, method: str, **_: Any) -> list[dict[str, Any]]:
+            lost = {"refused": "lease_lost", "what": "lost", "remedy": "again", "context": {}}
+            return [lost, {"version": 8, "reading": False}]
+
+    async def run() -> int:
+        following = Follower(Refused(), "policy", prefetch_gib=1.0, early=True)
+        following._engine = "engine"
+
+        async def status() -> wire.StageStatus:
+            return stage("engine", reading=())
+
+        following._status = status  # type: ignore[method-assign]
+        return await following._prefetched()
+
+    with pytest.raises(LeaseLost, match="lost"):
+        asyncio.run(run())
 
 
 @pytest.mark.parametrize(("version", "engine", "read"), [(7, "engine", None), (8, "engine", 8), (8, "another", None)])

@@ -4,11 +4,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 from stagingd_client import LocalShard, holdings
 from stagingd_client.holdings import Holdings
 from stagingd_client.naming import SameNames
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from stagingd.boxes import Box
 from stagingd.catalog import Catalog, build
@@ -16,6 +21,16 @@ from stagingd.errors import WrongShape
 from stagingd.moments import ALL_GRIDS
 
 SHAPE = (8, 4)
+
+
+@pytest.fixture
+def gloo() -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 def halves(tensor: torch.Tensor) -> list[LocalShard]:
@@ -41,6 +56,17 @@ def test_one_tensor_put_as_two_parts_and_as_a_whole_is_placed_as_each() -> None:
         assert put.holding.box == Box((0, 0), (4, 4))
     with pytest.raises(WrongShape):
         held.place(catalog, "w", tensor)
+
+
+def test_what_is_put_asks_for_no_gradients_though_a_dtensors_local_tensor_does(gloo: DeviceMesh) -> None:
+    tensor = DTensor.from_local(torch.randn(4, 4, requires_grad=True), gloo, [Shard(0)])
+    held = Holdings(0, SameNames(), {"w": tensor})
+    catalog = build("policy", [held.declarations(torch.bfloat16, frozenset())], ALL_GRIDS)
+    for _ in range(2):
+        put = held.place(catalog, "w", tensor)
+        assert put is not None
+        assert not put.shard.requires_grad
+        assert put.shard.data_ptr() == tensor.to_local().data_ptr()
 
 
 @pytest.mark.parametrize("part", [True, False])

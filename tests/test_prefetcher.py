@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from types import TracebackType
 
 import pytest
 from stagingd_vllm import prefetcher as module
 from stagingd_vllm.prefetcher import Prefetcher
 
-from stagingd.errors import DeadlineExceeded, LeaseLost, OutOfOrder, VersionNotAvailable
+from stagingd.errors import DeadlineExceeded, InternalError, LeaseLost, OutOfOrder, VersionNotAvailable
 
 LONG_S = 30.0
 
@@ -208,6 +209,48 @@ def test_one_that_is_leased_when_nobody_wants_it_any_more_is_given_back_unread(w
     assert prefetcher.version(LONG_S) == 5
     assert writing.versions == [5]
     assert stage.given_back == [5, 5]
+
+
+def test_what_nobody_foresaw_is_told_as_an_error_that_can_be_lived_with(writing: Writing) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    prefetcher = Prefetcher(Stage(), fail)  # type: ignore[arg-type]
+    prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
+    for _ in range(2):
+        with pytest.raises(InternalError, match="CUDA out of memory"):
+            prefetcher.version(LONG_S)
+
+
+def test_a_version_that_is_there_right_after_the_wait_is_there() -> None:
+    class Late(Future[int]):
+        def result(self, timeout: float | None = None) -> int:
+            try:
+                return super().result(timeout)
+            finally:
+                if not self.done():
+                    self.set_result(7)
+
+    prefetcher = Prefetcher(None, None)  # type: ignore[arg-type]
+    prefetcher._request = module._Request(module._Wanted(None, None, False), 0.0)
+    prefetcher._request.outcome = Late()
+    assert prefetcher.version() == 7
+
+
+def test_one_that_has_given_up_waiting_for_its_turn_does_not_let_the_next_in(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SLICE_S", 0.0)
+    monkeypatch.setattr(module, "GIVING_UP_S", 0.01)
+    stage = Leasing()
+    prefetcher = started(stage, writing)  # type: ignore[arg-type]
+    assert stage.leased[0].wait(LONG_S)
+    for _ in range(2):
+        prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
+        with pytest.raises(DeadlineExceeded, match="still being read, or asked for"):
+            prefetcher.version(LONG_S)
+    assert not stage.leased[1].is_set()
+    stage.go_on.set()
 
 
 def test_whoever_stands_aside_waits_for_one_that_was_forgotten_and_does_not_ask_again(writing: Writing) -> None:

@@ -11,6 +11,8 @@ import zmq
 from daemons import RunningDaemon
 from stagingd_client import LocalShard, Publication, Stage
 from stagingd_client import stage as stage_module
+from stagingd_client.flushers import Flushers
+from stagingd_client.modules import Modules
 from stagingd_vllm import Reader
 
 from stagingd import wire
@@ -151,12 +153,20 @@ def test_after_the_fence_the_trainer_may_change_its_tensors(daemon: RunningDaemo
                 assert torch.equal(lease.read("matrix"), weights(1)["matrix"].bfloat16())
 
 
-@pytest.mark.parametrize(("batch_s", "flushed"), [(float("inf"), 0), (0.0, 2)])
+@pytest.mark.parametrize(
+    ("batch_s", "put_s", "flushed"), [(float("inf"), 0.0, 0), (0.0, float("inf"), 0), (0.0, 0.0, 2)]
+)
 def test_shards_that_are_put_at_once_are_flushed_together_and_others_as_they_come(
-    daemon: RunningDaemon, stage_name: str, monkeypatch: pytest.MonkeyPatch, batch_s: float, flushed: int
+    daemon: RunningDaemon,
+    stage_name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_s: float,
+    put_s: float,
+    flushed: int,
 ) -> None:
     monkeypatch.setattr(stage_module, "BATCH_BYTES", 1)
     monkeypatch.setattr(stage_module, "BATCH_S", batch_s)
+    monkeypatch.setattr(stage_module, "PUT_S", put_s)
     tensors = {name: torch.randn(8, 8) for name in "ab"}
     with open_stage(daemon, stage_name) as stage:
         stage.declare(tensors)
@@ -190,6 +200,42 @@ def test_publish_stages_parameters_and_buffers_of_a_module_in_one_line(daemon: R
         module(torch.randn(3, 8)).sum().backward()
         optimizer.step()
         stage.publish(2, module).wait()
+
+
+def test_a_version_that_fails_and_cannot_be_given_up_either_tells_what_failed_first(
+    own_daemon: RunningDaemon, stage_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    def fail_again(*_: object) -> None:
+        raise RuntimeError("the device is still lost")
+
+    stage = open_stage(own_daemon, stage_name)
+    stage.declare(weights(0))
+    monkeypatch.setattr(Flushers, "finish", fail)
+    monkeypatch.setattr(Stage, "_give_up", fail_again)
+    with pytest.raises(RuntimeError, match="the device is lost") as caught:
+        put_all(stage, 1, weights(0)).wait()
+    assert caught.value.__notes__ == ["to give the version up failed, too: the device is still lost"]
+    stage._leave()
+
+
+def test_a_module_that_fails_while_it_is_published_leaves_no_version_behind(
+    daemon: RunningDaemon, stage_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = torch.nn.Linear(8, 4)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with open_stage(daemon, stage_name) as stage:
+        stage.publish(1, module).wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(Modules, "tensors", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                stage.publish(2, module)
+        stage.publish(3, module).wait()
 
 
 class Tied(torch.nn.Module):

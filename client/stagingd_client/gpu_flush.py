@@ -23,6 +23,7 @@ daemon; so nothing is written to a slot that has been given to somebody else.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -161,7 +162,7 @@ class DeviceFlusher:
         self._owned = owned
         self._device = device
         self._landings = landings
-        mine = sum(self._catalog.tensors[box.tensor].bytes for boxes in owned.values() for box in boxes)
+        mine = sum(self._bytes_of(box) for boxes in owned.values() for box in boxes)
         self._limit = min(scratch_bytes, max(SMALLEST_SCRATCH_BYTES, mine // 8))
         self._halves: list[_Half] = []
         self._cells: list[_Half] = []
@@ -171,6 +172,10 @@ class DeviceFlusher:
         self._landing: deque[_Landing] = deque()
         self._measured: Mark | None = None
         self._copied: Mark | None = None
+
+    def _bytes_of(self, owned: OwnedBox) -> int:
+        tensor = self._catalog.tensors[owned.tensor]
+        return tensor.bytes * owned.box.volume // math.prod(tensor.shape)
 
     def prepare(self, puts: Sequence[Put]) -> None:
         """Plan the flush of shards, and have the device compile its kernels: a first version does not wait for that."""

@@ -221,4 +221,4 @@ def _given(shard: torch.Tensor | LocalShard) -> tuple[torch.Tensor, _Where]:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """The elements that this rank has, without what autograd would add to ``to_local``."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).detach()

@@ -95,7 +95,7 @@ def _distributed(name: str, tensor: DTensor) -> Held | None:
     shape = tuple(tensor.shape)
     _check_placements(name, tensor)
     with torch.no_grad():
-        values = tensor.to_local()
+        values = tensor.to_local().detach()  # of a tensor that is no Parameter it may ask for gradients itself
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None or not values.numel():
         return None

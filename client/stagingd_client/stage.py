@@ -36,7 +36,6 @@ from stagingd.connection import ANSWER_S, Connection, Expected
 from stagingd.errors import (
     DaemonUnreachable,
     OutOfOrder,
-    StagingError,
     VersionNotRising,
 )
 from stagingd.formats import Quantization, read_quantization
@@ -56,6 +55,9 @@ BATCH_BYTES = 2**30
 BATCH_S = 0.01
 """... unless all of them come within so many seconds. To queue copies takes Python, in another thread, which holds up
 the one that puts."""
+PUT_S = 1e-4
+"""The same for each shard, of many small ones: they would else be cut at another one in every version, and what is
+flushed together for the first time is planned first."""
 
 
 class Stage:
@@ -244,8 +246,8 @@ class Stage:
                 version=version,
                 rank=self.rank,
             )
-        # A slot, the copies, all ranks' moments, their commits: each may take its time, one after the other.
-        waits = 3 if self.catalog.format is None else 4
+        # A slot, own moments, those of all ranks, the copies, all commits: each may take its time, one after the other.
+        waits = 3 if self.catalog.format is None else 5
         deadline_s = waits * (self.timeout_s + ANSWER_S)
         self._current = Publication(version, deadline_s, self._background.submit(self._request_slot, version))
 
@@ -288,7 +290,8 @@ class Stage:
         if isinstance(shard, torch.Tensor) and (global_shape is not None or offset is not None):
             shard = LocalShard(shard, global_shape, offset)
         self._put(publication, ((name, shard),))
-        if publication._batch.bytes >= BATCH_BYTES and publication._batch.age_s >= BATCH_S:
+        batch = publication._batch
+        if batch.bytes >= BATCH_BYTES and batch.age_s >= max(BATCH_S, PUT_S * len(batch.puts)):
             self._flush(publication)
 
     def _put(self, publication: Publication, shards: Iterable[tuple[str, torch.Tensor | LocalShard]]) -> None:
@@ -361,7 +364,10 @@ class Stage:
             self._ready().flushers.finish(self.timeout_s)
         except Exception as failed:
             # Whatever it was: the other ranks must not wait for this one.
-            self._give_up(publication, f"rank {self.rank} could not copy: {failed}")
+            try:
+                self._give_up(publication, f"rank {self.rank} could not copy: {failed}")
+            except Exception as also:  # noqa: BLE001 - such as of the same device: the first is what went wrong
+                failed.add_note(f"to give the version up failed, too: {also}")
             raise
         publication._kept.clear()
         request = wire.Commit(
@@ -434,8 +440,8 @@ class Stage:
         try:
             self._put(self._begun("put"), found.tensors())
             return self.commit()
-        except StagingError:
-            self.abort("a shard was refused")
+        except Exception as failed:
+            self.abort(f"a shard was refused: {failed}")
             raise
 
     # The end
@@ -452,10 +458,13 @@ class Stage:
 
     def _leave(self) -> None:
         self._background.shutdown(wait=True)
-        self._connection.close()
-        if self._flushers is not None:
-            flushing, self._flushers = self._flushers, None
-            flushing.abandon(self.timeout_s)  # of a version that was begun and never committed
+        flushing, self._flushers = self._flushers, None
+        try:
+            if flushing is not None:  # what was begun and never committed must not be on its way to another's slot
+                flushing.abandon(self.timeout_s)
+        finally:
+            self._connection.close()
+        if flushing is not None:
             flushing.close()
         if self._segment is not None:
             self._segment.close()

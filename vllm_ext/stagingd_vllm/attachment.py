@@ -340,6 +340,7 @@ class Attachment:
         Raises:
             DeadlineExceeded: a version is being prefetched, and does not end.
         """
+        self.reader.leave()  # trainers may take long to complete what is read early
         self._prefetcher.close(READ_S)
         if self._reporter is not None:
             self._reporter.close()

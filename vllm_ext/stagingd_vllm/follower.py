@@ -304,6 +304,10 @@ class Follower:
         """Whether a worker reads, or has yet to begin with what another reads, by the daemon's word."""
         return any(lease.engine == self._engine for lease in (await self._status()).leases)
 
+    async def _reads(self) -> bool:
+        """Whether a worker reads. One that has yet to begin with what others have read may have been refused."""
+        return any(lease.engine == self._engine and lease.reading_ranks for lease in (await self._status()).leases)
+
     def _forget_read(self) -> None:
         self._armed, self._read = False, None
         self._released.clear()
@@ -336,7 +340,7 @@ class Follower:
             ended = await _heard(self._released)
             if ended and self._read is not None:
                 return self._read
-            if not ended and await self._holds_a_lease():
+            if not ended and await self._reads():
                 continue  # a version that is read early may take as long to land as its trainers take to step
             for _ in range(POLLS if ended else 1):
                 answers = await self._call(self._llm.collective_rpc("stagingd_prefetched"))

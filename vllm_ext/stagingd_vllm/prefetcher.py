@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from stagingd.errors import DeadlineExceeded, OutOfOrder
+from stagingd.errors import DeadlineExceeded, InternalError, OutOfOrder, StagingError
 from stagingd_vllm.leased import LeasedVersion
+
+logger = logging.getLogger(__name__)
 
 SLICE_S = 0.5
 """How long the thread waits for a version before it looks whether it is still wanted, in seconds."""
@@ -41,9 +44,10 @@ class _Wanted:
 class _Request:
     """One version that a thread waits for, and then reads; ``outcome`` is it, once all of it is there."""
 
-    def __init__(self, which: _Wanted, deadline: float) -> None:
+    def __init__(self, which: _Wanted, deadline: float, before: _Request | None = None) -> None:
         self.which = which
         self.deadline = deadline
+        self._before = before
         self.outcome: Future[int] = Future()
         self._lock = threading.Lock()
         self._reading = False
@@ -71,8 +75,15 @@ class _Request:
             self._given_up = not self.reading
             return self._given_up
 
+    def await_turn(self, timeout_s: float) -> None:
+        """Wait until the thread of the one before needs the reader no more. Raises DeadlineExceeded."""
+        if self._before is not None:
+            self._before.await_end(timeout_s)
+            self._before = None
+
     def await_end(self, timeout_s: float) -> None:
-        """Wait until its thread needs the reader no more. Raises DeadlineExceeded."""
+        """The same of its own thread, and of those before that it has not waited for itself."""
+        self.await_turn(timeout_s)
         try:
             self.outcome.exception(timeout_s)
         except TimeoutError as error:
@@ -117,16 +128,17 @@ class Prefetcher:
             OutOfOrder: one is being read.
         """
         before = self._give_up()
-        self._start(_Request(_Wanted(version, newer_than, early), time.monotonic() + timeout_s), before)
+        self._start(_Request(_Wanted(version, newer_than, early), time.monotonic() + timeout_s, before))
 
-    def _start(self, request: _Request, before: _Request | None) -> None:
+    def _start(self, request: _Request) -> None:
         def run() -> None:
             try:
-                if before is not None:
-                    before.await_end(SLICE_S + GIVING_UP_S)  # the reader is for one at a time
+                request.await_turn(SLICE_S + GIVING_UP_S)  # the reader is for one at a time
                 request.outcome.set_result(self._read(request))
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is raised where one asks for the outcome
+            except StagingError as error:
                 request.outcome.set_exception(error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is told where one asks for the outcome
+                request.outcome.set_exception(_failed(error))
 
         self._request, self._forgotten = request, False
         threading.Thread(target=run, name="stagingd-prefetch", daemon=True).start()
@@ -145,10 +157,8 @@ class Prefetcher:
         outcome = self._request.outcome
         try:
             return outcome.result(timeout_s)
-        except TimeoutError:
-            if outcome.done():
-                raise  # that of whoever read
-            return None
+        except TimeoutError:  # of this wait, or of whoever read
+            return outcome.result() if outcome.done() else None
 
     def forget(self) -> None:
         """What is in the shadow, or what kept it from being read, no longer counts. Raises OutOfOrder: one is read."""
@@ -170,7 +180,7 @@ class Prefetcher:
             yield
         finally:
             if waiting and before is not None and not self._forgotten and not self._ending:
-                self._start(_Request(before.which, before.deadline), None)
+                self._start(_Request(before.which, before.deadline))
 
     def _give_up(self) -> _Request | None:
         """What was asked for last, which nobody waits for any more. Raises OutOfOrder: it is being read."""
@@ -206,6 +216,12 @@ class Prefetcher:
             except DeadlineExceeded:
                 if left <= SLICE_S or request.given_up:
                     raise
+
+
+def _failed(error: Exception) -> InternalError:
+    """Of a type that whoever follows can be told of, and live with: memory may be there the next time."""
+    logger.error("a version could not be read", exc_info=error)
+    return InternalError(f"a version could not be read: {error!r}", remedy="look at the log of this worker")
 
 
 def _given_up() -> OutOfOrder:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,8 @@ from stagingd.progress import Needs, Progress, supported
 
 LOOK_S = 0.0002
 """How often it is looked how far a version has come that is being filled, in seconds."""
+ASKED_S = 1.0
+"""Before a lease's time is up the daemon is asked for how long, at most, to say who keeps a version from its seal."""
 LEAST_S = 0.001
 """The least time that the daemon can be given, in seconds."""
 
@@ -66,6 +69,7 @@ class Reader:
         self.rank = rank
         self._connection = connection
         self._in_doubt = False
+        self._leaving = threading.Event()
         self._segment = mapped
         self._memory = [_as_bytes(mapped.slot(slot)) for slot in (0, 1)]
 
@@ -161,7 +165,8 @@ class Reader:
         memory, stored = self._memory[leased.slot], self._segment.moments(leased.slot)
         release = partial(self._release, leased.lease)
         filling = None if leased.attempt is None else Filling(self._segment.progress(leased.slot), leased.attempt)
-        return Lease(self.catalog, leased.version, memory, stored, until, release, filling)
+        leaving = self._leaving
+        return Lease(self.catalog, leased.version, memory, stored, until, release, filling, leaving)
 
     def _ask(self, request: wire.LeaseVersion) -> wire.Leased:
         """Where the daemon did not answer the last time, this rank may hold a lease: that one is taken up again."""
@@ -183,6 +188,10 @@ class Reader:
             self._in_doubt = True
             raise
         self._in_doubt = False
+
+    def leave(self) -> None:
+        """Whoever reads a version early in another thread waits for nothing more of it. ``close`` comes after that."""
+        self._leaving.set()
 
     def close(self) -> None:
         """Leave the engine. May be called twice."""
@@ -220,6 +229,7 @@ class Lease:
         until: float,
         release: Callable[[float], None],
         filling: Filling | None = None,
+        leaving: threading.Event | None = None,
     ) -> None:
         self.version = version
         self.bytes_read = 0
@@ -229,6 +239,7 @@ class Lease:
         self._until = until
         self._release: Callable[[float], None] | None = release
         self._filling = filling
+        self._leaving = leaving or threading.Event()
 
     @property
     def early(self) -> bool:
@@ -256,8 +267,16 @@ class Lease:
                     remedy="discard what was read under it and lease again",
                     version=self.version,
                 )
-            time.sleep(LOOK_S)
+            if self._leaving.wait(LOOK_S):
+                raise self._left()
             self._check()
+
+    def _left(self) -> LeaseLost:
+        return LeaseLost(
+            f"version {self.version} is not read any further: its reader leaves",
+            remedy="attach again",
+            version=self.version,
+        )
 
     @property
     def slot(self) -> torch.Tensor:
@@ -337,18 +356,34 @@ class Lease:
             LeaseLost: the lease ended before: what was read under it may be torn, and must be discarded.
             DeadlineExceeded: the version is not sealed when the lease's time is up; likewise.
         """
+        if self._filling is not None and self._release is not None:
+            self._await_seal(self._filling)
         release, self._release = self._release, None
         if release is not None:
             release(max(self._until - time.monotonic(), LEAST_S))
+
+    def _await_seal(self, filling: Filling) -> None:
+        """Without the daemon, whose answer is waited for by nothing else; the last moments are for it to say why."""
+        while not filling.progress.is_sealed(filling.attempt) and filling.progress.holds(filling.attempt):
+            if time.monotonic() > self._until - ASKED_S:
+                return
+            if self._leaving.wait(LOOK_S):
+                self._give_up()
+                raise self._left()
+
+    def _give_up(self) -> None:
+        """Nobody waits for the seal of what is not wanted any more."""
+        release, self._release = self._release, None
+        if release is not None:
+            with suppress(DeadlineExceeded, LeaseLost):
+                release(LEAST_S)
 
     def __enter__(self) -> Lease:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and self.early:
-            self._until = time.monotonic()  # nobody waits for the seal of what is not wanted any more
-            with suppress(DeadlineExceeded, LeaseLost):
-                self.release()
+            self._give_up()
         else:
             self.release()
 
