@@ -175,6 +175,15 @@ class Catalog(Record):
         return dict(grouped)
 
     @cached_property
+    def _numbers_by_tensor(self) -> Mapping[int, Sequence[int]]:
+        grouped: dict[int, list[int]] = defaultdict(list)
+        counts = [0] * self.ranks
+        for owned in self.owned:
+            counts[owned.rank] += 1
+            grouped[owned.tensor].append(counts[owned.rank])
+        return grouped
+
+    @cached_property
     def tensor_cells(self) -> npt.NDArray[np.int64]:
         """Per owned box that has moments, the cell of the whole box; the grid ``tensor`` has to be kept."""
         boxes = (owned for owned in self.owned if self.tensors[owned.tensor].has_moments)
@@ -208,6 +217,10 @@ class Catalog(Record):
     def owned_of(self, name: str) -> Sequence[OwnedBox]:
         """All boxes of a tensor, with their owners: together they are the tensor. Raises UnknownTensor."""
         return self._owned_by_tensor[self.position(name)]
+
+    def numbers_of(self, name: str) -> Sequence[int]:
+        """For each box of ``owned_of``, which of its owner's boxes it is, counted from 1. Raises UnknownTensor."""
+        return self._numbers_by_tensor[self.position(name)]
 
     def owned_by(self, rank: int) -> Sequence[OwnedBox]:
         """The boxes that a rank has to put for every version."""

@@ -26,7 +26,7 @@ from typing import Final
 import numpy as np
 
 from stagingd.boxes import Box, intersect, whole
-from stagingd.catalog import PROGRESS_LINE, Catalog, OwnedBox
+from stagingd.catalog import PROGRESS_LINE, Catalog
 
 _WORDS: Final = PROGRESS_LINE // 8
 _FILLING, _MEASURED, _SEALED = range(3)
@@ -52,15 +52,12 @@ class Needs:
     @classmethod
     def of_boxes(cls, catalog: Catalog, boxes: Iterable[tuple[str, Box]]) -> Needs:
         """Boxes of some tensors, by name or alias. Raises UnknownTensor."""
-        wanted: dict[int, list[Box]] = {}
+        needed = [0] * catalog.ranks
         for name, box in boxes:
-            wanted.setdefault(catalog.position(name), []).append(box)
-
-        def counts(owned: OwnedBox) -> bool:
-            return any(intersect(owned.box, box) is not None for box in wanted.get(owned.tensor, ()))
-
-        ranks = (catalog.owned_by(rank) for rank in range(catalog.ranks))
-        return cls(tuple(max((n for n, box in enumerate(owned, 1) if counts(box)), default=0) for owned in ranks))
+            for owned, number in zip(catalog.owned_of(name), catalog.numbers_of(name), strict=True):
+                if number > needed[owned.rank] and intersect(owned.box, box) is not None:
+                    needed[owned.rank] = number
+        return cls(tuple(needed))
 
 
 class Progress:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from private_stage import by_columns, by_rows, private_stage
 from stagingd_client.landings import Landings
 
+from stagingd.boxes import Box, intersect
 from stagingd.progress import Needs, Progress, supported
 
 RANKS = 3
@@ -87,6 +88,23 @@ def test_needs_are_of_each_rank_the_boxes_up_to_the_last_one_that_is_named() -> 
         assert Needs.of(stage.catalog, ["a"]).boxes == (1, 1, 1)
         assert Needs.of(stage.catalog, ["c", "a"]).boxes == (3, 3, 3)
         assert Needs.of(stage.catalog, []).boxes == (0, 0, 0)
+
+
+@given(name=st.sampled_from(sorted(TENSORS)), data=st.data())
+def test_what_is_needed_of_a_rank_ends_with_its_last_box_that_has_any_of_it(name: str, data: st.DataObject) -> None:
+    shape = tuple(TENSORS[name].shape)
+    starts = [data.draw(st.integers(0, length - 1)) for length in shape]
+    lengths = [data.draw(st.integers(1, length - start)) for start, length in zip(starts, shape, strict=True)]
+    box = Box(tuple(starts), tuple(lengths))
+    with private_stage(TENSORS, CUT) as stage:
+        needed = Needs.of_boxes(stage.catalog, [(name, box)]).boxes
+        for rank, last in enumerate(needed):
+            owned = stage.catalog.owned_by(rank)
+            touches = [
+                stage.catalog.tensors[one.tensor].name == name and intersect(one.box, box) is not None for one in owned
+            ]
+            assert not any(touches[last:])
+            assert last == 0 or touches[last - 1]
 
 
 @pytest.mark.parametrize("seed", range(5))
