@@ -51,6 +51,9 @@ class CheckpointReader:
         version = version or len(self.versions)
         return self._stage.write(version, self.versions[version - 1])
 
+    def leave(self) -> None:
+        """Nobody waits for what is there."""
+
     def close(self) -> None:
         self._undo.close()
 
