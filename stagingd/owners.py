@@ -23,7 +23,7 @@ PIECE_BYTES: Final = 2**20
 
 
 LANDING_BYTES: Final = 2**27
-"""A larger box is cut: engines that read as it lands wait for the first part, which takes 2.5 ms, and not for all."""
+"""A larger box is cut: engines that read as it lands wait for the first part, and not for all of it."""
 
 
 MOST_PARTS: Final = 2**11

@@ -17,6 +17,7 @@ import pytest
 from benchmarks.compare.case import LAYOUTS, Case
 from benchmarks.compare.measured import Ceilings, Measured, Survival, Update, Wire
 from benchmarks.compare.run import killed
+from benchmarks.compare.systems import cuda_ipc, nccl
 from benchmarks.compare.systems.checkpoint_engine import Served
 from benchmarks.compare.systems.cuda_ipc import Export, Imported, Part, loaded
 from benchmarks.compare.systems.dcp import Checkpointed, staged_once
@@ -120,6 +121,19 @@ def test_trainers_that_fail_end_the_update_though_the_engine_waits_for_them() ->
 
     with pytest.raises(RuntimeError, match="out of memory"):
         run(Received(Failing([]), Waiting([]), CASE, packed=True).deliver())  # type: ignore[arg-type]
+
+
+def test_an_engine_that_does_not_answer_is_told_of_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waiting(Engine):
+        async def update_weights(self, _: Any) -> None:
+            await asyncio.Event().wait()
+
+    for module in (nccl, cuda_ipc):
+        monkeypatch.setattr(module, "UPDATE_S", 0.01)
+    with pytest.raises(BenchmarkFailed, match=r"an update over NCCL took longer than 0.01 s"):
+        run(Received(Fleet([]), Waiting([]), CASE, packed=True).deliver())  # type: ignore[arg-type]
+    with pytest.raises(BenchmarkFailed, match=r"a part by CUDA IPC took longer than 0.01 s"):
+        run(loaded(Waiting([]), Part({"names": []})))
 
 
 def test_nccls_wire_is_the_slower_side_and_checkpoints_are_reckoned() -> None:

@@ -249,6 +249,8 @@ def test_one_that_has_given_up_waiting_for_its_turn_does_not_let_the_next_in(
         prefetcher.start(version=None, newer_than=None, early=False, timeout_s=LONG_S)
         with pytest.raises(DeadlineExceeded, match="still being read, or asked for"):
             prefetcher.version(LONG_S)
+    with pytest.raises(DeadlineExceeded, match="still being read, or asked for"), prefetcher.aside():
+        pass
     assert not stage.leased[1].is_set()
     stage.go_on.set()
 

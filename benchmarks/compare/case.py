@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -103,8 +104,11 @@ class Case:
     @property
     def read_bytes(self) -> int:
         """What all ranks of an engine need of it: slices of matrices, and vectors on every rank."""
-        elements = (math.prod(s) * (1 if len(s) > 1 else self.layout.tensor_parallel) for s in self.shapes.values())
-        return ITEM_BYTES * sum(elements)
+        return ITEM_BYTES * sum(math.prod(shape) * self.readers(shape) for shape in self.shapes.values())
+
+    def readers(self, shape: Sequence[int]) -> int:
+        """How often an engine's ranks read a tensor of this shape, taken together."""
+        return 1 if len(shape) > 1 else self.layout.tensor_parallel
 
     @property
     def label(self) -> str:

@@ -59,12 +59,24 @@ async def engine(system: System, case: Case, folder: Path, batch: int) -> AsyncI
 
 
 @asynccontextmanager
+async def within(seconds: float, what: str) -> AsyncIterator[None]:
+    """Raises BenchmarkFailed: it takes longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise BenchmarkFailed(
+            f"{what} took longer than {seconds:g} s", remedy="the words of engine and trainers are above"
+        ) from error
+
+
+@asynccontextmanager
 async def standing(llm: Any) -> AsyncIterator[None]:
     """The engine generates nothing meanwhile; its requests are kept, with what they have.
 
     ``pause_generation`` does the same, and then waits 20 ms more: the alternatives are spared that.
     """
-    async with asyncio.timeout(CALL_S):
+    async with within(CALL_S, "an update of an engine that stands"):
         await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         yield
         await llm.engine_core.resume_scheduler_async()
@@ -72,7 +84,7 @@ async def standing(llm: Any) -> AsyncIterator[None]:
 
 async def first_token(llm: Any) -> float:
     """When the first token of a request that begins now has come, by ``time.monotonic``."""
-    async with asyncio.timeout(TOKEN_S):
+    async with within(TOKEN_S, "the first token of the new weights"):
         async for _ in _generate(llm, 0, 1):
             return time.monotonic()
     raise BenchmarkFailed("a request has ended without a token", remedy="the engine's own words are above")

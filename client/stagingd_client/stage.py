@@ -441,7 +441,7 @@ class Stage:
             self._put(self._begun("put"), found.tensors())
             return self.commit()
         except Exception as failed:
-            self.abort(f"a shard was refused: {failed}")
+            self.abort(f"rank {self.rank} could not publish it: {failed}")
             raise
 
     # The end
@@ -464,7 +464,7 @@ class Stage:
                 flushing.abandon(self.timeout_s)
         finally:
             self._connection.close()
-        if flushing is not None:
+        if flushing is not None:  # where copies do not end, what they read and write stays as it is
             flushing.close()
         if self._segment is not None:
             self._segment.close()

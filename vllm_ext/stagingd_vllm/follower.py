@@ -302,11 +302,14 @@ class Follower:
 
     async def _holds_a_lease(self) -> bool:
         """Whether a worker reads, or has yet to begin with what another reads, by the daemon's word."""
-        return any(lease.engine == self._engine for lease in (await self._status()).leases)
+        return bool(await self._leases())
 
     async def _reads(self) -> bool:
         """Whether a worker reads. One that has yet to begin with what others have read may have been refused."""
-        return any(lease.engine == self._engine and lease.reading_ranks for lease in (await self._status()).leases)
+        return any(lease.reading_ranks for lease in await self._leases())
+
+    async def _leases(self) -> list[wire.LeaseStatus]:
+        return [lease for lease in (await self._status()).leases if lease.engine == self._engine]
 
     def _forget_read(self) -> None:
         self._armed, self._read = False, None

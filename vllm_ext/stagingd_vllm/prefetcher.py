@@ -77,8 +77,9 @@ class _Request:
 
     def await_turn(self, timeout_s: float) -> None:
         """Wait until the thread of the one before needs the reader no more. Raises DeadlineExceeded."""
-        if self._before is not None:
-            self._before.await_end(timeout_s)
+        before = self._before  # its own thread may take it away meanwhile
+        if before is not None:
+            before.await_end(timeout_s)
             self._before = None
 
     def await_end(self, timeout_s: float) -> None:
@@ -174,7 +175,7 @@ class Prefetcher:
         """
         before = self._give_up()
         waiting = before is not None and not before.outcome.done()
-        if waiting and before is not None:
+        if before is not None:
             before.await_end(SLICE_S + GIVING_UP_S)
         try:
             yield

@@ -267,8 +267,9 @@ class Lease:
                     remedy="discard what was read under it and lease again",
                     version=self.version,
                 )
-            if self._leaving.wait(LOOK_S):
+            if self._leaving.is_set():
                 raise self._left()
+            time.sleep(LOOK_S)
             self._check()
 
     def _left(self) -> LeaseLost:
@@ -367,9 +368,10 @@ class Lease:
         while not filling.progress.is_sealed(filling.attempt) and filling.progress.holds(filling.attempt):
             if time.monotonic() > self._until - ASKED_S:
                 return
-            if self._leaving.wait(LOOK_S):
+            if self._leaving.is_set():
                 self._give_up()
                 raise self._left()
+            time.sleep(LOOK_S)
 
     def _give_up(self) -> None:
         """Nobody waits for the seal of what is not wanted any more."""

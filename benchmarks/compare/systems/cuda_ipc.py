@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.compare.case import Case
-from benchmarks.compare.engines import standing
+from benchmarks.compare.engines import standing, within
 from benchmarks.compare.fleet import fleet
 from benchmarks.compare.measured import Ceilings, Traffic, Wire
 from benchmarks.compare.no_ray import without_ray
@@ -112,11 +112,13 @@ async def loaded(llm: Any, part: Part) -> None:
     from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest  # noqa: PLC0415 - takes seconds
 
     call = asyncio.create_task(llm.update_weights(WeightTransferUpdateRequest(update_info=part.update_info)))
-    while not call.done() and not llm.errored:
-        await asyncio.wait([call], timeout=ERRED_S)
-    if call.done():
-        call.result()
-    else:
+    try:
+        async with within(UPDATE_S, "a part by CUDA IPC"):
+            while not call.done() and not llm.errored:
+                await asyncio.wait([call], timeout=ERRED_S)
+        if call.done():
+            call.result()
+    finally:
         call.cancel()
 
 
@@ -162,6 +164,6 @@ class CudaIpc(Usual):
 
         async with fleet(stand.case, export, {"packed": self.packed}, update) as trainers:
             await trainers.ready()
-            async with asyncio.timeout(UPDATE_S):
+            async with within(UPDATE_S, "joining by CUDA IPC"):
                 await stand.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
             yield Imported(trainers, stand.llm)

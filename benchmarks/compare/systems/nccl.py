@@ -21,7 +21,7 @@ from stagingd_vllm.answers import checked
 
 from benchmarks.compare.broadcast import broadcasts
 from benchmarks.compare.case import Case
-from benchmarks.compare.engines import standing
+from benchmarks.compare.engines import standing, within
 from benchmarks.compare.fleet import fleet
 from benchmarks.compare.measured import Ceilings, Traffic, Wire
 from benchmarks.compare.system import Running, Stand, Usual, UsualRunning
@@ -112,7 +112,7 @@ class Received(UsualRunning):
             "shapes": [list(shape) for shape in shapes.values()],
             "packed": self.packed,
         }
-        async with standing(self.llm), asyncio.timeout(UPDATE_S):
+        async with standing(self.llm), within(UPDATE_S, "an update over NCCL"):
             await self.llm.start_weight_update()
             await self.llm.update_weights(WeightTransferUpdateRequest(update_info=what))
             await self.llm.finish_weight_update()
@@ -121,7 +121,7 @@ class Received(UsualRunning):
         """As many bytes in as many broadcasts, from memory that is there to memory that is there."""
         sizes = broadcast_sizes(self.case, packed=self.packed)
         asking = self.llm.collective_rpc("compare_broadcast", args=(sizes, TIMES))
-        async with asyncio.timeout(UPDATE_S):
+        async with within(UPDATE_S, "as many broadcasts over NCCL"):
             sent, answers = await asyncio.gather(self.fleet.wire(), asking)
         received = max(answer["seconds"] for answer in checked(answers))
         return Wire(max(received, sent or 0.0), "measured: the same broadcasts, of nothing gathered, and not loaded")
@@ -157,7 +157,7 @@ class Nccl(Usual):
         """Both sides join at once: each waits for the other."""
         port = free_port()
         async with fleet(stand.case, broadcast, {"port": port, "packed": self.packed}) as trainers:
-            async with asyncio.timeout(UPDATE_S):
+            async with within(UPDATE_S, "joining over NCCL"):
                 await asyncio.gather(trainers.ready(), join(stand.llm, port, stand.case.layout.tensor_parallel))
             yield Received(trainers, stand.llm, stand.case, self.packed)
 

@@ -127,9 +127,8 @@ class StagingdBeside(Usual):
 
     def traffic(self, case: Case) -> Traffic:
         """Out once, and in again by slices."""
-        made = self._quantization(case)
-        read = sum(size * _copies(case, name) for name, size in staged_bytes(case, made).items())
-        return Traffic(pcie=sum(staged_bytes(case, made).values()) + read, nvlink=0)
+        sizes = staged_bytes(case, self._quantization(case))
+        return Traffic(pcie=sum(size * (1 + case.readers(case.shapes[n])) for n, size in sizes.items()), nvlink=0)
 
     def _quantization(self, case: Case) -> Quantization | None:
         made = StageFormat(case.mode) if self.quantized else None
@@ -152,11 +151,6 @@ class StagingdBeside(Usual):
 
 
 def staged_bytes(case: Case, made: Quantization | None) -> dict[str, int]:
-    """Bytes of each tensor in a stage, without scales, which are a thousandth of them at most."""
+    """Bytes of each tensor in a stage, without the moments that scales are made of."""
     halves = set() if made is None else {name for group in made.groups for name in group}
     return {n: math.prod(shape) * (1 if n in halves else ITEM_BYTES) for n, shape in case.shapes.items()}
-
-
-def _copies(case: Case, name: str) -> int:
-    """How often an engine's ranks read a tensor, taken together: vectors whole, each of them."""
-    return 1 if len(case.shapes[name]) > 1 else case.layout.tensor_parallel
